@@ -1,0 +1,259 @@
+"""Data as a fixed list of batches of any pytree, however it was given; and the mini-batches that training draws."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+
+class Examples:
+    """N examples in a fixed order, kept as one or more batches.
+
+    Batches of equal trailing shapes are joined into one, so that the split in which the data came is forgotten.
+    """
+
+    def __init__(self, data: Any, *, pairs: bool) -> None:
+        with torch.inference_mode(False):
+            batches = [tree_map(_ordinary, batch) for batch in _read(data, pairs)]
+        if not batches:
+            raise ValueError(
+                "data holds no batch; pass (inputs, targets), a Dataset, a DataLoader or a list of batches"
+            )
+        sizes = [batch_size(batch) for batch in batches]
+        if len(batches) > 1 and len({_signature(batch) for batch in batches}) == 1:
+            batches = [_join(batches)]
+            sizes = [sum(sizes)]
+        self.batches = batches
+        self.offsets = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        self.size = self.offsets[-1]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def chunks(self, chunk_size: int) -> Iterator[tuple[slice, Any]]:
+        """Consecutive pieces of at most `chunk_size` examples: (their positions, the batch)."""
+        for batch, start, stop in zip(self.batches, self.offsets, self.offsets[1:], strict=False):
+            for lo in range(start, stop, chunk_size):
+                hi = min(lo + chunk_size, stop)
+                whole = hi - lo == stop - start
+                yield slice(lo, hi), batch if whole else take(batch, slice(lo - start, hi - start))
+
+    def select(self, index: Tensor) -> list[tuple[Tensor, Any]]:
+        """The examples at `index`, as one batch for each stored batch that holds some: (positions, batch)."""
+        index = index.cpu()
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.size):
+            raise IndexError(
+                f"indices run from {int(index.min())} to {int(index.max())}; expected 0 to {self.size - 1}"
+            )
+        if len(self.batches) == 1:
+            return [(index, take(self.batches[0], index))]
+        out = []
+        for batch, start, stop in zip(self.batches, self.offsets, self.offsets[1:], strict=False):
+            here = index[(index >= start) & (index < stop)]
+            if len(here):
+                out.append((here, take(batch, here - start)))
+        return out
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor, such as by a copy on another device."""
+        self.batches = [tree_map(function, batch) for batch in self.batches]
+
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for batch in self.batches for leaf in leaves(batch))
+
+
+def tree_map(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Apply `function` to every tensor of nested tuples, lists, mappings and dataclasses; leave the rest alone."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        mapped = {key: tree_map(function, value) for key, value in tree.items()}
+        return mapped if type(tree) is dict else type(tree)(mapped)  # type: ignore[call-arg]
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(tree_map(function, value) for value in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(tree_map(function, value) for value in tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        changed = {f.name: tree_map(function, getattr(tree, f.name)) for f in dataclasses.fields(tree)}
+        return dataclasses.replace(tree, **changed)
+    return tree
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    """All tensors of a pytree."""
+    found: list[Tensor] = []
+    tree_map(found.append, tree)
+    return found
+
+
+def batch_size(batch: Any) -> int:
+    """The common length of the first dimension of the tensors of a batch.
+
+    Raises:
+        ValueError: no tensor with a batch dimension, lengths that differ, or length zero.
+    """
+    lengths = {leaf.shape[0] for leaf in leaves(batch) if leaf.ndim}
+    if len(lengths) != 1:
+        shapes = [tuple(leaf.shape) for leaf in leaves(batch)]
+        raise ValueError(
+            f"the tensors of a batch have shapes {shapes}; expected the same number of examples first in "
+            "each. Stack the examples along dimension 0"
+        )
+    (length,) = lengths
+    if length == 0:
+        raise ValueError("a batch is empty; drop batches without examples")
+    return length
+
+
+def take(batch: Any, index: slice | Tensor) -> Any:
+    """Some examples of a batch; tensors without a batch dimension stay whole."""
+
+    def pick(leaf: Tensor) -> Tensor:
+        if not leaf.ndim:
+            return leaf
+        return leaf[index] if isinstance(index, slice) else leaf.index_select(0, index.to(leaf.device))
+
+    return tree_map(pick, batch)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Mini-batches of a data set of `n` examples as indices, one (batch_size,) int64 tensor a step.
+
+    By default every batch is drawn independently of the others, as the theory of S_b assumes: without replacement
+    within the batch, or with it. ``epochs=True`` shuffles the data once an epoch and walks through it; a last
+    incomplete batch is dropped. ``batch_size=n`` without replacement is full-batch descent, in the order of the data.
+    Iterating again gives the same batches again.
+
+    Raises:
+        ValueError: a batch size below 1, or above n without replacement; epochs with replacement.
+
+    Example:
+        >>> [batch.tolist() for batch in Batches(4, 4, steps=1)]
+        [[0, 1, 2, 3]]
+    """
+
+    n: int
+    batch_size: int
+    steps: int
+    replacement: bool = False
+    epochs: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.batch_size > self.n and not self.replacement):
+            raise ValueError(
+                f"batch_size is {self.batch_size}; expected 1 to {self.n}, the number of examples, without replacement"
+            )
+        if self.epochs and self.replacement:
+            raise ValueError(
+                "epochs=True walks through shuffled data and cannot draw with replacement; drop one of them"
+            )
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        order, position = torch.empty(0, dtype=torch.int64), self.n
+        for _ in range(self.steps):
+            if self.batch_size == self.n and not self.replacement:
+                yield torch.arange(self.n)
+            elif self.replacement:
+                yield torch.randint(self.n, (self.batch_size,), generator=generator)
+            elif self.epochs:
+                if position + self.batch_size > self.n:
+                    order, position = torch.randperm(self.n, generator=generator), 0
+                yield order[position : position + self.batch_size]
+                position += self.batch_size
+            else:
+                yield torch.randperm(self.n, generator=generator)[: self.batch_size]
+
+
+def _read(data: Any, pairs: bool) -> list[Any]:
+    """The batches in `data`; `pairs`: a batch is (inputs, targets), which settles what a pair of tensors is."""
+    if isinstance(data, DataLoader):
+        if isinstance(data.dataset, IterableDataset):
+            raise TypeError(
+                "the DataLoader streams an IterableDataset, which cannot be read twice in the same order; "
+                "pass a list of batches: data=list(loader)"
+            )
+        if data.batch_sampler is None:  # automatic batching is off: an item of the dataset is a batch
+            return _items(data.dataset, lambda items: data.collate_fn(items[0]), 1)
+        return _items(data.dataset, data.collate_fn, data.batch_size or 1)
+    if isinstance(data, Dataset):
+        return _items(data, default_collate, 1)
+    if isinstance(data, Tensor | Mapping) or (dataclasses.is_dataclass(data) and not isinstance(data, type)):
+        return [data]
+    if isinstance(data, Sequence):
+        if pairs:
+            return [data] if len(data) == 2 and not all(_is_pair(item) for item in data) else list(data)
+        return [data] if isinstance(data, tuple) and all(isinstance(item, Tensor) for item in data) else list(data)
+    raise TypeError(
+        f"data is a {type(data).__name__}, which may not give the same batches twice; pass (inputs, targets) "
+        "tensors, a Dataset, a DataLoader, or a list of batches such as list(iterator)"
+    )
+
+
+def _items(dataset: Any, collate: Callable[[list[Any]], Any], group: int) -> list[Any]:
+    """A map-style dataset read in its own order, `group` items to a batch: samplers may draw from global generators."""
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(f"{type(dataset).__name__} has no length; pass a list of batches")
+    n = len(dataset)
+    if n == 0:
+        raise ValueError("the dataset is empty")
+    for a, b in zip(leaves(collate([dataset[0]])), leaves(collate([dataset[0]])), strict=True):
+        if a.shape != b.shape or not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)):
+            raise ValueError(
+                "reading example 0 of the dataset twice gives different values, as random augmentation "
+                "does; measure on a fixed set: pass the dataset without augmentation"
+            )
+    return [collate([dataset[i] for i in range(lo, min(lo + group, n))]) for lo in range(0, n, group)]
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, list | tuple) and len(item) == 2
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """A detached tensor; one made in inference mode cannot be saved for backward and is copied."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _signature(batch: Any) -> tuple:
+    shapes = tuple((leaf.shape[1:], leaf.dtype, leaf.device, leaf.ndim) for leaf in leaves(batch))
+    others: list[Any] = []
+    _others(batch, others)
+    return shapes, str(others)
+
+
+def _others(tree: Any, found: list[Any]) -> None:
+    """Everything in a pytree that is not a tensor, with its structure, for comparison."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            found.append(key)
+            _others(value, found)
+    elif isinstance(tree, list | tuple):
+        found.append(type(tree).__name__)
+        for value in tree:
+            _others(value, found)
+    elif dataclasses.is_dataclass(tree):
+        for field in dataclasses.fields(tree):
+            _others(getattr(tree, field.name), found)
+    elif not isinstance(tree, Tensor):
+        found.append(tree)
+
+
+def _join(batches: list[Any]) -> Any:
+    columns = [
+        torch.cat(parts) if parts[0].ndim else parts[0]
+        for parts in zip(*(leaves(batch) for batch in batches), strict=True)
+    ]
+    remaining = iter(columns)
+    return tree_map(lambda _: next(remaining), batches[0])

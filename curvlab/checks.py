@@ -1,0 +1,171 @@
+"""What an objective refuses at the door, because it would become a silently wrong number later."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import Examples, leaves, take
+
+if TYPE_CHECKING:
+    from .objective import Objective
+
+COUPLING = (nn.modules.batchnorm._BatchNorm,)
+RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters with `requires_grad` by name; tied ones come once.
+
+    Raises:
+        ValueError: there are none, or a lazy one has no shape yet.
+    """
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise ValueError(f"parameter {lazy[0]} has no shape yet; run the model once on a batch before measuring")
+    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ValueError("the model has no parameter with requires_grad=True; unfreeze what is to be measured")
+    return found
+
+
+def real_dtype(variables: dict[str, Tensor], asked: torch.dtype | None) -> torch.dtype:
+    """The one real dtype of the parameters, or the one asked for.
+
+    Raises:
+        ValueError: mixed or complex parameters, or a precision in which curvature drowns in rounding.
+    """
+    dtypes = {p.dtype for p in variables.values()}
+    if len(dtypes) > 1 or next(iter(dtypes)).is_complex:
+        listing = ", ".join(f"{name}: {p.dtype}" for name, p in list(variables.items())[:6])
+        raise ValueError(
+            f"parameters have dtypes {sorted(map(str, dtypes))} ({listing}, ...); expected one real dtype. "
+            "Convert the model, such as model.float()"
+        )
+    dtype = asked or next(iter(dtypes))
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"dtype is {dtype}; curvature needs torch.float32 or torch.float64: pass dtype=torch.float32 to measure a copy "
+            "of the parameters in float32"
+        )
+    return dtype
+
+
+def memory_bytes(memory: int | str | None, device: torch.device) -> int:
+    """A memory budget in bytes; None is an eighth of the machine's memory, or a quarter of the GPU's.
+
+    Raises:
+        ValueError: not a positive number of bytes, or text such as "2GiB".
+    """
+    if memory is None:
+        if device.type == "cuda":
+            return torch.cuda.get_device_properties(device).total_memory // 4
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+    units = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
+    text = str(memory).strip().lower()
+    unit = next((u for u in units if text.endswith(u)), "")
+    try:
+        size = int(float(text.removesuffix(unit)) * units.get(unit, 1))
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise ValueError(f"memory is {memory!r}; expected a number of bytes, or text such as '2GiB' or '500MB'")
+    return size
+
+
+def finite_data(examples: Examples) -> None:
+    """Refuse NaN and infinity in the data.
+
+    Raises:
+        ValueError: naming the example.
+    """
+    for batch, offset in zip(examples.batches, examples.offsets, strict=False):
+        for leaf in leaves(batch):
+            if leaf.is_floating_point() and not torch.isfinite(leaf).all():
+                bad = ~torch.isfinite(leaf.reshape(len(leaf), -1) if leaf.ndim else leaf.reshape(1, 1)).all(1)
+                raise ValueError(
+                    f"the data holds a value that is not finite, in example {offset + int(torch.nonzero(bad)[0, 0])}; "
+                    "clean the data, or give such examples weight 0 and finite values"
+                )
+
+
+def live_module(L: Objective, kinds: tuple[type, ...]) -> str | None:
+    """The first module of some kinds that acts as in training while L is measured, such as "layers.1 (BatchNorm2d)"."""
+
+    def live(module: Any) -> bool:
+        if L.mode == "eval":  # batch normalization without tracked statistics uses those of the batch even then
+            return isinstance(module, COUPLING) and module.running_mean is None
+        return module.training or not L.model.training
+
+    for name, module in L.model.named_modules():
+        if isinstance(module, kinds) and live(module):
+            return f"{name} ({type(module).__name__})"
+    return None
+
+
+def deterministic_mean(L: Objective) -> None:
+    """Refuse a loss that is not finite, not deterministic, or not a mean over examples.
+
+    Costs a few forward passes of 8 examples.
+
+    Raises:
+        ValueError: naming the module, parameter or example, and the fix.
+    """
+    coupling = live_module(L, COUPLING)
+    if coupling and (L.mode == "eval" or len(L.examples.batches) > 1 or L.chunk_size < L.size):
+        raise ValueError(
+            f"{coupling} uses the statistics of the batch, so the loss is not a mean over examples. Measure in "
+            "mode='eval' with tracked statistics, or in mode='train' with all data as a single batch and chunk_size=None"
+        )
+    with L.measuring(), torch.no_grad():
+        params = L.leaves_at(L.params())
+        before = [p.clone() for p in params]
+        chunk = L.first(8)
+        losses = L.losses(params, chunk)
+        _untouched_parameters(L, params, before)
+        if not torch.isfinite(losses).all():
+            i = int(torch.nonzero(~torch.isfinite(losses))[0, 0])
+            raise ValueError(
+                f"the loss of example {i} is {float(losses[i])} at the model's current parameters; check the parameters, "
+                "the inputs and the targets for NaN and out-of-range classes"
+            )
+        if not _close(losses, L.losses(params, chunk)):
+            raise ValueError(
+                "the loss of the same examples differs between two evaluations: the model is random in "
+                f"mode={L.mode!r} (sampling or dropout by hand?). Make it deterministic in eval mode"
+            )
+        if coupling or (L.mode == "train" and live_module(L, RANDOM)):
+            return  # no mean over examples, or masks that depend on the position in the chunk
+        half = max(1, chunk.size // 2)
+        ranges = [r for r in (slice(0, half), slice(half, chunk.size)) if r.stop > r.start]
+        parts = [
+            type(chunk)(r, take(chunk.batch, r), None if chunk.weights is None else chunk.weights[r], 0) for r in ranges
+        ]
+        if not _close(losses, torch.cat([L.losses(params, part) for part in parts])):
+            raise ValueError(
+                "the loss of an example depends on the other examples of its batch, so the loss is not a mean over "
+                "examples. Remove the coupling (batch statistics, contrastive terms, x - x.mean(0)) from the model or loss"
+            )
+
+
+def _untouched_parameters(L: Objective, params: list[Tensor], before: list[Tensor]) -> None:
+    for name, p, q in zip(L.names, params, before, strict=True):
+        if not torch.isfinite(q).all():
+            raise ValueError(
+                f"parameter {name} holds values that are not finite; measure a model that has not diverged"
+            )
+        if not torch.equal(p, q):
+            raise ValueError(
+                f"parameter {name} is rewritten by the model's own forward pass (as Embedding(max_norm=...) does), so the "
+                "loss is not a function of it; remove the rewriting"
+            )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding: far from what a random or coupled model does, far above what chunking does."""
+    tolerance = math.sqrt(torch.finfo(a.dtype).eps)
+    return bool((a - b).abs().max() <= tolerance * (1 + a.abs().max()))

@@ -1,0 +1,98 @@
+"""What a measurement may touch, and how all of it is put back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+# Reduced-precision matrix products (TF32 on a GPU, bfloat16 on a CPU) have 8-10 bit mantissas.
+_PRECISION: tuple[Any, ...] = (
+    torch.backends.cuda.matmul,
+    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
+    torch.backends.cudnn.rnn,
+    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
+    torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]
+)
+_active: list[tuple[nn.Module, bool]] = []
+
+
+@contextlib.contextmanager
+def measuring(model: nn.Module, *, train_mode: bool = False) -> Iterator[None]:
+    """Run the body so that the model can be differentiated twice, and leave no trace.
+
+    Inside: gradients are on, autocast, TF32 and inference mode are off, attention uses its math kernel (the only one
+    with a second derivative), cuDNN's recurrent kernels (which have none) are off, compiled modules run eagerly, and
+    every module is in evaluation mode. With `train_mode`, modules keep their flags if the model is in training, so
+    layers that the user froze stay frozen; otherwise all of them are put in training mode.
+
+    Afterwards, also after an exception: train/eval flags, the random states of Python, numpy, torch and CUDA, and the
+    backend flags are what they were. `.grad`, parameters and buffers are never written in the first place, because
+    `Objective` evaluates on copies.
+    """
+    if _active and _active[-1][0] is model and _active[-1][1] == train_mode:  # already inside
+        yield
+        return
+    flags = [(module, module.training) for module in model.modules()]
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module, _ in flags)
+    recurrent = any(isinstance(module, nn.RNNBase) for module, _ in flags)
+    _active.append((model, train_mode))
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_random_states())
+            stack.enter_context(_backend_flags(recurrent))
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for device_type in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+            if compiled:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if not train_mode:
+                model.eval()
+            elif not model.training:
+                model.train()
+            yield
+    finally:
+        _active.pop()
+        for module, training in flags:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _random_states() -> Iterator[None]:
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda: list[Any] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def _backend_flags(recurrent: bool) -> Iterator[None]:
+    precision = [backend.fp32_precision for backend in _PRECISION]
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
+        # The kernel selection is restored by its own context manager.
+        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        if recurrent:
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for backend in _PRECISION:
+                backend.fp32_precision = "ieee"
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)
+            for backend, value in zip(_PRECISION, precision, strict=True):
+                backend.fp32_precision = value

@@ -1,0 +1,109 @@
+"""Per-example losses, as functions (outputs (B, ...), targets) -> (B,), and the accuracy that goes with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(outputs)[target], (B,), for logits (B, C) and class indices (B,) or class probabilities (B, C).
+
+    Raises:
+        ValueError: outputs that are not (B, C). Sequences need a loss of one's own, which says how tokens are averaged.
+    """
+    _two_dimensional(outputs, "cross_entropy")
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """0.5 * sum over outputs of (output - target)², (B,); class indices (B,) stand for one-hot targets.
+
+    The factor and the sum, instead of a mean over outputs, set the scale of every comparison with 2/lr. They are those
+    of Cohen et al. 2021 (arXiv 2103.00065).
+
+    Raises:
+        ValueError: targets that are neither class indices nor of the shape of the outputs.
+    """
+    if not targets.is_floating_point():
+        _two_dimensional(outputs, "squared_error with class indices")
+        # F.one_hot has no batching rule under vmap.
+        targets = (targets[..., None] == torch.arange(outputs.shape[-1], device=targets.device)).to(outputs.dtype)
+    if targets.shape != outputs.shape:
+        raise ValueError(
+            f"squared_error got outputs of shape {tuple(outputs.shape)} and targets of shape "
+            f"{tuple(targets.shape)}; expected equal shapes, or class indices of shape (B,)"
+        )
+    return 0.5 * (outputs - targets).square().flatten(1).sum(1)
+
+
+LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": squared_error}
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """A loss of a whole batch; made by `batch_loss`."""
+
+    function: Callable[[Any, Any], Tensor]
+
+
+def batch_loss(function: Callable[[Any, Any], Tensor]) -> BatchLoss:
+    """Mark `function`, (model, batch) -> (B,), as a loss that calls the model itself.
+
+    For dict batches, Hugging Face outputs, contrastive terms per example, or any other pytree.
+
+    Example:
+        >>> import torch
+        >>> loss = batch_loss(lambda model, batch: (model(batch["x"]) - batch["y"]).square().sum(1))
+    """
+    return BatchLoss(function)
+
+
+def resolve(loss: str | Loss | BatchLoss) -> Loss | BatchLoss:
+    """The function behind a name; a callable stays what it is.
+
+    Raises:
+        ValueError: an unknown name, or a torch loss module that averages over the batch.
+    """
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(
+                f"loss is {loss!r}; expected one of {sorted(LOSSES)}, or a function (outputs, targets) -> (B,)"
+            )
+        return LOSSES[loss]
+    reduction = getattr(loss, "reduction", "none")
+    if reduction != "none":
+        name = type(loss).__name__
+        raise ValueError(
+            f"{name} has reduction={reduction!r}, one number for the batch; curvlab does the averaging and "
+            f"needs one number per example: pass {name}(reduction='none'), summed over outputs if need be"
+        )
+    return loss
+
+
+def correct(outputs: Tensor, targets: Tensor) -> Tensor | None:
+    """Whether the largest output is at the target class, (B,); None where the targets are no classes."""
+    if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
+        return None
+    if targets.is_floating_point():
+        probabilities = targets.shape == outputs.shape and bool(
+            (targets >= 0).all() and (targets.sum(1) - 1).abs().max() < 1e-4
+        )
+        return outputs.argmax(1) == targets.argmax(1) if probabilities else None
+    return outputs.argmax(1) == targets
+
+
+def _two_dimensional(outputs: Tensor, name: str) -> None:
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        raise ValueError(
+            f"{name} got model outputs of {got}; expected (B, C). Pass a function (outputs, targets) -> (B,) "
+            "that says how the other dimensions are averaged, or batch_loss for other batches and outputs"
+        )

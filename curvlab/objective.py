@@ -1,0 +1,409 @@
+"""The training loss as a function of one flat vector. Hides modules, batches, devices, chunks, and the average."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .batches import Examples, batch_size, take, tree_map
+from .guard import measuring
+from .losses import BatchLoss, Loss, correct, resolve
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some consecutive examples: positions, batch, their scaled weights (B,) or None, and a seed for random layers."""
+
+    positions: slice
+    batch: Any
+    weights: Tensor | None
+    seed: int
+
+    @property
+    def size(self) -> int:
+        return self.positions.stop - self.positions.start
+
+
+class Objective:
+    """L(w) = (1/N) Σ_i s_i ℓ_i(w): the mean per-example loss of a model over a fixed data set.
+
+    The model is evaluated on copies of its parameters and buffers (`torch.func.functional_call`), in evaluation mode
+    unless told otherwise, and is never modified. `L.params()` is the point where training stands now; every method
+    takes any other point as a flat vector.
+
+    Args:
+        model: any `nn.Module`. Parameters with ``requires_grad`` are the variables; tied weights count once, frozen
+            ones and buffers are constants, read at each evaluation.
+        loss: ``(outputs, targets) -> (B,)``, one number per example; or ``"cross_entropy"``, or ``"squared_error"``
+            (0.5 times the sum over outputs); or ``batch_loss(f)`` with ``f(model, batch) -> (B,)``.
+        data: ``(inputs, targets)`` tensors, a map-style `Dataset`, a `DataLoader` over one (read in the order of the
+            dataset, without its sampler), or a sequence of batches; any pytree with `batch_loss`. Kept in memory.
+            Inputs that are a tuple or a mapping are passed to the model as ``*inputs`` or ``**inputs``.
+        mode: ``"eval"``, or ``"train"``: dropout masks are then fixed by seed and chunk, and BatchNorm is accepted only
+            if all data is a single batch, because its loss is no mean over examples.
+        device: where to measure; default: where the model is.
+        dtype: float32 or float64; default: that of the parameters. float64 measures a float32 model in float64.
+        chunk_size: examples evaluated at once; default: what fits in `memory`.
+        memory: bytes, or text such as ``"2GiB"``, for kept graphs and captured activations; default an eighth of the
+            machine's memory, or a quarter of the GPU's.
+        weights: (N,) non-negative weights of the examples; s_i = weight_i / mean weight, otherwise s_i = 1.
+
+    Raises:
+        ValueError, TypeError: what would give a silently wrong number: nothing to train, mixed or half-precision or
+            complex parameters, a loss reduced over the batch, an empty or misshapen batch, values that are not finite,
+            a loss that is not deterministic or not a mean over examples. The message names the fix.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 1)
+        >>> L = Objective(torch.nn.Linear(3, 1), "squared_error", (x, y))
+        >>> L.gradient(L.params()).shape
+        torch.Size([4])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: str | Loss | BatchLoss,
+        data: Any,
+        *,
+        mode: Literal["eval", "train"] = "eval",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+        memory: int | str | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
+        if mode not in ("eval", "train"):
+            raise ValueError(f"mode is {mode!r}; expected 'eval' or 'train'")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size is {chunk_size}; expected at least 1 example")
+        self.model = getattr(model, "_orig_mod", model)  # a compiled module's original
+        self.loss = resolve(loss)
+        self.mode = mode
+        self._call = _Evaluation(self.model, self.loss)
+        self._variables = checks.trainable(self.model)
+        first = next(iter(self._variables.values()))
+        self.device = torch.empty(0, device=device or first.device).device
+        self.dtype = checks.real_dtype(self._variables, dtype)
+        self.shapes = [p.shape for p in self._variables.values()]
+        self.sizes = [p.numel() for p in self._variables.values()]
+        self.num_params = sum(self.sizes)
+        self.memory = checks.memory_bytes(memory, self.device)
+        self.examples = Examples(data, pairs=not isinstance(self.loss, BatchLoss))
+        self.size = self.examples.size
+        checks.finite_data(self.examples)
+        if self.examples.nbytes() <= self.memory / 4:
+            self.examples.map(self._place)
+        self.weights = self._scaled(weights)
+        self._given_chunk_size = chunk_size
+        checks.deterministic_mean(self)
+
+    # -- points ---------------------------------------------------------------------------------------------------
+
+    def params(self) -> Tensor:
+        """(P,) detached copy of the model's trainable parameters, in the dtype and on the device of measuring."""
+        return self.join([p.detach().to(self.device, self.dtype) for p in self._variables.values()]).clone()
+
+    def unflatten(self, v: Tensor) -> dict[str, Tensor]:
+        """A flat (P,) vector as views by parameter name."""
+        return dict(zip(self._variables, self.split(v), strict=True))
+
+    def split(self, v: Tensor) -> list[Tensor]:
+        """A flat (P,) vector as a list of views in the shapes of the parameters."""
+        return [part.view(shape) for part, shape in zip(v.split(self.sizes), self.shapes, strict=True)]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The flat (P,) vector of tensors in the shapes of the parameters."""
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def leaves_at(self, w: Tensor) -> list[Tensor]:
+        """The parameters at w as leaves of a new graph: copies, so a later change of w cannot reach the graph."""
+        if w.shape != (self.num_params,):
+            raise ValueError(f"w has shape {tuple(w.shape)}; expected ({self.num_params},), as L.params() gives")
+        w = w.detach().to(self.device, self.dtype, copy=True)
+        return [part.requires_grad_() for part in self.split(w)]
+
+    # -- values ---------------------------------------------------------------------------------------------------
+
+    def value(self, w: Tensor | None = None, batch: Any = None) -> Tensor:
+        """L(w), a float64 scalar; or the mean over a `batch`, given by indices (b,) or as it is."""
+        with self.measuring(), torch.no_grad():
+            params = self._point(w)
+            chunks = self.chunks(batch)
+            total = sum(self.losses(params, chunk).double().sum() for chunk in chunks)
+            return torch.as_tensor(total) / sum(chunk.size for chunk in chunks)
+
+    def gradient(self, w: Tensor | None = None, batch: Any = None) -> Tensor:
+        """∇L(w), (P,); or the mean gradient of a `batch`, given by indices (b,) or as it is."""
+        with self.measuring():
+            total, count = torch.zeros(self.num_params, device=self.device, dtype=self.dtype), 0
+            for chunk in self.chunks(batch):
+                params = self.leaves_at(self.params() if w is None else w)
+                value = self.losses(params, chunk).sum()
+                total += self.join(self.grads(value, params))
+                count += chunk.size
+            return total / count
+
+    def example_gradients(self, w: Tensor | None = None, batch: Any = None) -> Tensor:
+        """s_i ∇ℓ_i(w) for every example of a batch (default: all), (B, P): B times the memory of a gradient.
+
+        By vmap, or by a loop where the model does not allow it.
+        """
+        self.require_examples("per-example gradients")
+        with self.measuring():
+            params = [p.detach() for p in self._point(w)]
+            return torch.cat([self.chunk_gradients(params, chunk) for chunk in self.chunks(batch)])
+
+    def accuracy(self, w: Tensor | None = None) -> Tensor | None:
+        """Share of examples whose largest output is the target class, a float64 scalar; None without classes."""
+        if isinstance(self.loss, BatchLoss):
+            return None
+        with self.measuring(), torch.no_grad():
+            params, hits = self._point(w), torch.zeros((), dtype=torch.float64, device=self.device)
+            for chunk in self.chunks():
+                right = correct(self.outputs(params, chunk), chunk.batch[1])
+                if right is None:
+                    return None
+                hits += (right if chunk.weights is None else right * chunk.weights).double().sum()
+            return hits / self.size
+
+    # -- what operators are made of ---------------------------------------------------------------------------------
+
+    def measuring(self) -> AbstractContextManager[None]:
+        """The state guard around every evaluation (see `curvlab.guard`); free when already inside."""
+        return measuring(self.model, train_mode=self.mode == "train")
+
+    def chunks(self, batch: Any = None) -> list[Chunk]:
+        """The data (or a batch) in pieces of at most `chunk_size`, on the device. Everything that sums over examples
+        walks through these."""
+        return [
+            replace(piece, batch=tree_map(self._place, piece.batch)) for piece in self.pieces(batch, self.chunk_size)
+        ]
+
+    def pieces(self, batch: Any = None, size: int | None = None) -> list[Chunk]:
+        """The data, or a batch given by indices (b,) or as it is, in parts of at most `size` examples, where they lie."""
+        size = size or self.size
+        out: list[Chunk] = []
+        if batch is None:
+            for piece, part in self.examples.chunks(size):
+                out.append(Chunk(piece, part, None if self.weights is None else self.weights[piece], len(out)))
+            return out
+        if isinstance(batch, Tensor) and batch.ndim == 1 and batch.dtype == torch.int64:
+            selected = self.examples.select(batch)
+        elif self.weights is not None:
+            raise ValueError(
+                "the examples are weighted and the weights of a foreign batch are unknown; pass the indices "
+                "of its examples, a 1-D int64 tensor"
+            )
+        else:
+            selected = [(torch.arange(batch_size(batch)), batch)]
+        for index, whole in selected:
+            s = None if self.weights is None else self.weights[index.to(self.device)]
+            for lo in range(0, len(index), size):
+                piece = slice(lo, min(lo + size, len(index)))
+                part = whole if piece == slice(0, len(index)) else take(whole, piece)
+                out.append(Chunk(piece, part, None if s is None else s[piece], len(out)))
+        return out
+
+    def live_losses(self, batch: Any) -> Tensor:
+        """ℓ_i of a batch, (B,), on the live model in its own mode: for training, with gradients in its parameters."""
+        return self._call(batch)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the trainable parameters, in the order of the flat vector."""
+        return list(self._variables)
+
+    def variables(self) -> list[Tensor]:
+        """The live trainable parameters, in the order of the flat vector."""
+        return list(self._variables.values())
+
+    def describe(self) -> dict[str, Any]:
+        """What a record must say of the objective: sizes, loss, mode, precision, device, chunks."""
+        loss = getattr(self.loss, "__name__", type(self.loss).__name__)
+        return {
+            "examples": self.size,
+            "parameters": self.num_params,
+            "model": type(self.model).__name__,
+            "loss": loss,
+            "mode": self.mode,
+            "dtype": str(self.dtype),
+            "device": str(self.device),
+            "chunk_size": self.chunk_size,
+            "memory": self.memory,
+            "weighted": self.weights is not None,
+        }
+
+    def losses(self, params: list[Tensor], chunk: Chunk) -> Tensor:
+        """s_i ℓ_i for the examples of a chunk, (B,), differentiable in `params`."""
+        self._reseed(chunk)
+        losses = torch.func.functional_call(self._call, self._state(params), (chunk.batch,))
+        if not isinstance(losses, Tensor) or losses.shape != (chunk.size,):
+            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+            raise ValueError(
+                f"the loss returned {got} for a batch of {chunk.size}; expected ({chunk.size},), one number "
+                "per example. Use reduction='none' and sum or average over the other dimensions yourself"
+            )
+        return losses if chunk.weights is None else losses * chunk.weights
+
+    def outputs(self, params: list[Tensor], chunk: Chunk) -> Tensor:
+        """The model's outputs for a chunk, differentiable in `params`; not defined for a `batch_loss`."""
+        if isinstance(self.loss, BatchLoss):
+            raise TypeError(
+                "a batch_loss calls the model itself, so its outputs are unknown; pass loss as a function "
+                "(outputs, targets) -> (B,) for what needs outputs, such as the GGN"
+            )
+        self._reseed(chunk)
+        return torch.func.functional_call(self._call, self._state(params), (chunk.batch,), {"outputs_only": True})
+
+    def grads(self, value: Tensor, params: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
+        """Gradients of a scalar, exact zeros where it does not depend on a parameter."""
+        if not value.requires_grad:
+            return [torch.zeros_like(p) for p in params]
+        found = torch.autograd.grad(value, params, create_graph=create_graph, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+
+    def require_examples(self, what: str) -> None:
+        """Refuse `what` where the loss has no per-example gradients of its own."""
+        name = checks.live_module(self, checks.COUPLING)
+        if name:
+            raise ValueError(
+                f"{what} do not exist in mode='train': {name} couples the examples of a batch. Measure in mode='eval'"
+            )
+
+    @cached_property
+    def chunk_size(self) -> int:
+        """Examples evaluated at once: as given, or so many that one kept graph takes at most a quarter of `memory`."""
+        if self._given_chunk_size is not None:
+            return min(self._given_chunk_size, self.size)
+        if self.mode == "train":
+            return self.size
+        return max(1, min(self.size, int(self.memory / 4 / self.graph_bytes)))
+
+    @cached_property
+    def graph_bytes(self) -> float:
+        """Bytes that a kept gradient graph takes per example, measured by what autograd saves for one and for five."""
+        small, large = 1, min(5, self.size)
+        if large == small:
+            return float(self._saved_bytes(1))
+        return max(1.0, (self._saved_bytes(large) - self._saved_bytes(small)) / (large - small))
+
+    # -- internals --------------------------------------------------------------------------------------------------
+
+    def _point(self, w: Tensor | None) -> list[Tensor]:
+        return self.leaves_at(self.params() if w is None else w)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)
+
+    def _state(self, params: list[Tensor]) -> dict[str, Tensor]:
+        """Everything the model reads: the given parameters, frozen ones, and copies of the buffers."""
+        state = {f"model.{name}": p for name, p in zip(self._variables, params, strict=True)}
+        for name, p in self.model.named_parameters():
+            if name not in self._variables:
+                state[f"model.{name}"] = self._place(p.detach())
+        for name, b in self.model.named_buffers():
+            b = b.detach()
+            placed = self._place(b)
+            state[f"model.{name}"] = b.clone() if placed is b else placed
+        return state
+
+    def _reseed(self, chunk: Chunk) -> None:
+        if self.mode == "train":  # the same masks at every evaluation; the guard restores the generators
+            torch.manual_seed(chunk.seed)
+
+    def chunk_gradients(self, params: list[Tensor], chunk: Chunk, names: list[str] | None = None) -> Tensor:
+        """(B, p) gradients of the examples of a chunk in the named parameters (default: all)."""
+        chosen = [i for i, name in enumerate(self._variables) if names is None or name in names]
+
+        def loss(part: list[Tensor], batch: Any, weight: Tensor | None) -> Tensor:
+            full = list(params)
+            for i, p in zip(chosen, part, strict=True):
+                full[i] = p
+            one = Chunk(slice(0, 1), tree_map(lambda t: t[None] if t.ndim else t, batch), None, chunk.seed)
+            value = self.losses(full, one)[0]
+            return value if weight is None else value * weight
+
+        dims = tree_map(lambda t: 0 if t.ndim else None, chunk.batch)
+        weight_dim = None if chunk.weights is None else 0
+        try:
+            mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, dims, weight_dim))
+            found = mapped([params[i] for i in chosen], chunk.batch, chunk.weights)
+            return torch.cat([g.flatten(1) for g in found], 1)
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ):  # control flow, in-place updates, leaves that are no tensors
+            return self._chunk_gradients_loop(params, chunk, chosen)
+
+    def _chunk_gradients_loop(self, params: list[Tensor], chunk: Chunk, chosen: list[int]) -> Tensor:
+        params = [p.detach().requires_grad_() for p in params]
+        part = [params[i] for i in chosen]
+        rows = []
+        for loss in self.losses(params, chunk):
+            found = (
+                torch.autograd.grad(loss, part, retain_graph=True, allow_unused=True) if loss.requires_grad else part
+            )
+            rows.append(
+                self.join([torch.zeros_like(p) if g is None or g is p else g for p, g in zip(part, found, strict=True)])
+            )
+        return torch.stack(rows)
+
+    def _saved_bytes(self, examples: int) -> int:
+        seen: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with self.measuring(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            params = self.leaves_at(self.params())
+            chunk = self.first(examples)
+            self.grads(self.losses(params, chunk).sum(), params, create_graph=True)
+        own = {p.untyped_storage().data_ptr() for p in params}
+        return sum(size for pointer, size in seen.items() if pointer not in own)
+
+    def first(self, count: int) -> Chunk:
+        """The first examples, at most `count`, as a chunk."""
+        piece, batch = next(self.examples.chunks(count))
+        return Chunk(piece, tree_map(self._place, batch), None if self.weights is None else self.weights[piece], 0)
+
+    def _scaled(self, weights: Tensor | None) -> Tensor | None:
+        if weights is None:
+            return None
+        weights = torch.as_tensor(weights).detach().to(self.device, torch.float64)
+        if weights.shape != (self.size,) or not bool((weights >= 0).all()) or not float(weights.sum()) > 0:
+            raise ValueError(
+                f"weights have shape {tuple(weights.shape)}; expected ({self.size},) finite non-negative "
+                "numbers, one per example, not all zero"
+            )
+        return (weights / weights.mean()).to(self.dtype)
+
+
+class _Evaluation(nn.Module):
+    """Model and loss as one module of a batch, so that `functional_call` can put parameters under both."""
+
+    def __init__(self, model: nn.Module, loss: Loss | BatchLoss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss: Any = loss.function if isinstance(loss, BatchLoss) else loss
+        self.whole = isinstance(loss, BatchLoss)
+
+    def forward(self, batch: Any, outputs_only: bool = False) -> Any:
+        if self.whole:
+            return self.loss(self.model, batch)
+        inputs, targets = batch
+        if isinstance(inputs, dict):
+            outputs = self.model(**inputs)
+        else:
+            outputs = self.model(*inputs) if isinstance(inputs, list | tuple) else self.model(inputs)
+        return outputs if outputs_only else self.loss(outputs, targets)
