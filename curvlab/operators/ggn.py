@@ -1,0 +1,69 @@
+"""The generalized Gauss-Newton matrix, G = E[J_iᵀ ∇²_z ℓ J_i]: the Hessian without the curvature of the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..linalg import LinearOperator
+from ..objective import Chunk, Objective
+
+
+def ggn(L: Objective, w: Tensor | None = None) -> LinearOperator:
+    """G(w) = (1/N) Σ_i s_i J_iᵀ (∂²ℓ/∂z²) J_i as a `LinearOperator`, (P, P), J_i the Jacobian of the outputs z.
+
+    H = G + (1/N) Σ s_i Σ_c (∂ℓ/∂z_c) ∇²z_c. G equals H for models that are linear in their parameters, tr(G) = tr(H)
+    for piecewise-linear ones, and G is the Fisher for softmax cross-entropy. Exact up to rounding; a product costs
+    about two gradients on a graph that is kept as long as it fits in half of the objective's `memory`. Reverse mode
+    only, so layers without forward-mode rules work.
+
+    Raises:
+        TypeError: for a `batch_loss`, whose outputs are unknown.
+
+    Source: Schraudolph 2002 (doi 10.1162/08997660260028683).
+    """
+    w = (L.params() if w is None else w).detach().clone()
+    chunks = L.chunks()
+    keep = int(L.memory / 2 / max(1.0, L.graph_bytes * L.chunk_size))
+    graphs: dict[int, _OutputGraph] = {}
+
+    def matmat(V: Tensor) -> Tensor:
+        total = torch.zeros_like(V)
+        with L.measuring():
+            for i, chunk in enumerate(chunks):
+                graph = graphs.get(i) or _OutputGraph(L, w, chunk)
+                if i < keep:
+                    graphs[i] = graph
+                total += torch.stack([graph.product(v.contiguous()) for v in V.T], 1)
+        return total / L.size
+
+    with (
+        L.measuring(),
+        torch.no_grad(),
+    ):  # an objective without outputs is refused here, not at the first product
+        L.outputs(L.leaves_at(w), L.first(1))
+    return LinearOperator(matmat, L.num_params, L.dtype, L.device, name="the GGN")
+
+
+class _OutputGraph:
+    """The outputs of one chunk with their graph, and the gradient of its loss in the outputs with its own."""
+
+    def __init__(self, L: Objective, w: Tensor, chunk: Chunk) -> None:
+        self.L, self.params = L, L.leaves_at(w)
+        self.z = L.outputs(self.params, chunk)
+        self.at = self.z.detach().requires_grad_()
+        losses = L.loss(self.at, chunk.batch[1])  # type: ignore[operator]
+        losses = losses if chunk.weights is None else losses * chunk.weights
+        (self.dz,) = torch.autograd.grad(losses.sum(), self.at, create_graph=True)
+        # J v by two reverse passes: Jᵀu is linear in u, so its derivative in u applied to v is J v.
+        self.u = torch.zeros_like(self.z, requires_grad=True)
+        self.Ju = torch.autograd.grad(self.z, self.params, self.u, create_graph=True, allow_unused=True)
+
+    def product(self, v: Tensor) -> Tensor:
+        pairs = [(g, part) for g, part in zip(self.Ju, self.L.split(v), strict=True) if g is not None]
+        (Jv,) = torch.autograd.grad([g for g, _ in pairs], self.u, [part for _, part in pairs], retain_graph=True)
+        if not self.dz.requires_grad:  # a loss linear in the outputs
+            return torch.zeros_like(v)
+        (HJv,) = torch.autograd.grad(self.dz, self.at, Jv, retain_graph=True)
+        found = torch.autograd.grad(self.z, self.params, HJv, retain_graph=True, allow_unused=True)
+        return self.L.join([torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found, strict=True)])
