@@ -1,0 +1,289 @@
+"""How the gradient distribution meets the curvature: tr(H S_b) and what the papers make of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linalg import eigsh
+from ..linalg.probes import rademacher
+from ..linalg.trace import sample_mean
+from ..measurement import Measurement, missing
+from ..operators import noise_share
+from ..snapshot import Snapshot
+from .noise import BatchSizes, over_batch_sizes, second_moment, squared_norm
+from .registry import diagnostic
+
+REFRESH = 8  # steps between two fits of the control variate
+WINDOW = 8  # steps over which the variance of probes is pooled
+_COST = "16 probes and 10-30 products; 2 probes and 2 products when tracked"
+
+
+@diagnostic(
+    "tr(H S_b)",
+    formula="E[g_bᵀ H g_b] = (γ/b) tr(H S_1) + (1 - γ/b) gᵀHg",
+    kind="sem",
+    cost=_COST,
+    needs=["batch_size"],
+)
+def interaction_trace(
+    at: Snapshot,
+    *,
+    batch_size: BatchSizes = None,
+    exact: bool = False,
+    probes: int | None = None,
+    k: int | None = None,
+) -> Measurement:
+    """The curvature that mini-batch gradients meet, with H of the full data.
+
+    gᵀHg is exact. tr(H S_1) is estimated without bias from v = N^{-1/2} Σ ±g_i, for which E[vᵀHv] = tr(H S_1), with a
+    control variate: for any vectors q_k and numbers λ_k, here k approximate eigenpairs,
+
+        tr(H S_1) = (1/N) Σ_k λ_k Σ_i (q_k·g_i)² + E[vᵀHv - Σ_k λ_k (q_k·v)²],
+
+    whose first part is exact and whose second varies little, since about as many directions as there are classes carry
+    the trace. `error` is one standard error. At a single point it comes from 16 probes. In a run, 2 probes a step are
+    used, eigenpairs are refitted every 8 steps, never from the same step's probes, and the variance of the probes,
+    relative to the first part, is pooled over the last 8 measured steps.
+
+    Args:
+        batch_size: b, or a sequence for a curve from the same two traces; default that of training.
+        exact: all N products (or 2P, whichever is less), no error: for small problems. N of at most `probes` does it
+            anyway.
+        probes: random vectors v.
+        k: eigenpairs of the control variate; default 10, at most P.
+
+    Source: Lee 2022, eq. 4-5.
+    """
+
+    def trace_at(b: int) -> Measurement:
+        share = noise_share(at.objective.size, b, at.replacement)
+        g, Hg = at.gradient.double(), at.hessian_gradient.double()
+        full = float(g @ Hg)
+        eps = torch.finfo(at.objective.dtype).eps
+        floor = 16 * eps * float(g.norm() * Hg.norm())
+        if share == 0.0:  # every batch is the data set
+            return _checked(Measurement(full, floor=floor))
+        first = _interaction_of_examples(at, exact, probes, k)
+        return _checked(first.scaled(share, plus=(1 - share) * full, floor=(1 - share) * floor))
+
+    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, trace_at)
+
+
+@diagnostic("‖H‖_{S_b}", formula="tr(H S_b) / tr(S_b)", kind="sem", cost=_COST, needs=["batch_size"])
+def interaction_sharpness(
+    at: Snapshot,
+    *,
+    batch_size: BatchSizes = None,
+    exact: bool = False,
+    probes: int | None = None,
+    k: int | None = None,
+) -> Measurement:
+    """Interaction-aware sharpness: the curvature along mini-batch gradients, never above λ_max(H).
+
+    The denominator is exact, so the error is that of tr(H S_b) over tr(S_b), without the bias of a ratio of estimates.
+    Options as `interaction_trace`. Full batches (b = N without replacement) are exact: gᵀHg/‖g‖².
+
+    Source: Lee 2022, Definition 2; compare with 2ρ_b/lr (eq. 11).
+    """
+
+    def ratio(b: int) -> Measurement:
+        return _over(interaction_trace(at, batch_size=b, exact=exact, probes=probes, k=k), second_moment(at, b))
+
+    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, ratio)
+
+
+@diagnostic(
+    "tr(H S_b)/tr(S_n)",
+    formula="tr(H S_b) / ‖∇L‖² = ‖H‖_{S_b} / ρ_b",
+    kind="sem",
+    cost=_COST,
+    needs=["batch_size"],
+)
+def instability(
+    at: Snapshot,
+    *,
+    batch_size: BatchSizes = None,
+    exact: bool = False,
+    probes: int | None = None,
+    k: int | None = None,
+) -> Measurement:
+    """Above 2/lr the expected loss of a locally quadratic function increases with the next step of plain SGD.
+
+    The denominator is exact. Andreyev and Beneventano 2024 call the same number gradient-noise interaction. At a
+    plateau of the loss it is 2/lr by balance of noise alone (eq. 6 with zero on the left), so it marks an edge only
+    with evidence beyond that (see `curvlab.claims`). Options as `interaction_trace`.
+
+    Source: Lee 2022, Definition 1.
+    """
+
+    def ratio(b: int) -> Measurement:
+        return _over(interaction_trace(at, batch_size=b, exact=exact, probes=probes, k=k), second_moment_full(at))
+
+    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, ratio)
+
+
+@diagnostic(
+    "E[L(w - lr g_b)] - L(w)",
+    formula="mean over batches of the loss change of one plain SGD step",
+    kind="sem",
+    cost="16 forward passes and the control variate; 4 when tracked",
+    needs=["batch_size", "lr"],
+)
+def expected_loss_difference(
+    at: Snapshot, *, batch_size: BatchSizes = None, samples: int | None = None, k: int | None = None
+) -> Measurement:
+    """What the next step of plain SGD does to the full loss on average, without a quadratic approximation.
+
+    Batches are drawn anew (not the one that training uses) and the loss is evaluated after each step. The control
+    variate is the quadratic model with k approximate eigenpairs, -lr g·g_b + (lr²/2) Σ_k λ_k (q_k·g_b)², whose
+    expectation is known exactly. Full batches without replacement need one evaluation and are exact.
+
+    Compare with the quadratic prediction -lr ‖∇L‖² + (lr²/2) tr(H S_b).
+
+    Args:
+        samples: batches; default 16 at a single point, 4 in a run.
+
+    Source: Lee 2022, eq. 3-6 and 9.
+    """
+
+    def difference(b: int) -> Measurement:
+        L, lr = at.objective, float(at.lr)  # type: ignore[arg-type]
+        share, floor = (
+            noise_share(L.size, b, at.replacement),
+            16 * torch.finfo(L.dtype).eps * abs(float(at.value)),
+        )
+        if share == 0.0:
+            return _checked(Measurement(float(L.value(at.w - lr * at.gradient) - at.value), floor=floor))
+        count = samples if samples is not None else (16 if at.carry is None else 4)
+        Q, values, dots = _control(at, k)
+        batches = _draw(L.size, b, count, at.replacement, at.generator(f"expected_loss_difference {b}"))
+        G = at.examples.combine(batches.to(L.device, L.dtype))
+        realised = torch.stack([L.value(at.w - lr * g) - at.value for g in G.T])
+        gradient, QG = at.gradient.double(), (Q.T @ G).double()
+        model = -lr * (gradient @ G.double()) + lr**2 / 2 * (values[:, None] * QG.square()).sum(0)
+        second = share * dots.square().mean(0) + (1 - share) * (Q.T.double() @ gradient).square()
+        expected = -lr * squared_norm(at) + lr**2 / 2 * float(values @ second)
+        scale = lr * squared_norm(at) + lr**2 / 2 * float(values.abs() @ second)
+        residuals = (realised - model).tolist()
+        return _checked(_pooled(at, ("expected_loss_difference", b), residuals, expected, scale, floor))
+
+    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, difference)
+
+
+def second_moment_full(at: Snapshot) -> Measurement:
+    """tr(S_n) = ‖∇L‖²."""
+    return Measurement(squared_norm(at))
+
+
+def _interaction_of_examples(at: Snapshot, exact: bool, probes: int | None, k: int | None) -> Measurement:
+    """tr(H S_1)."""
+    probes = probes if probes is not None else (16 if at.carry is None else 2)
+    if probes < 2:
+        raise ValueError(f"probes is {probes}; an error needs at least 2 (16 is a good number at a single point)")
+    if exact or at.objective.size <= probes:
+        return at.shared("interaction_of_examples", lambda: _exact(at))
+    key = ("interaction_of_examples", probes, k)
+    return at.shared(key, lambda: _estimated(at, probes, k))
+
+
+def _exact(at: Snapshot) -> Measurement:
+    L, E = at.objective, at.examples
+    total, size = 0.0, 0.0
+    by_examples = 2 * L.num_params > L.size
+    count = L.size if by_examples else L.num_params
+    for lo in range(0, count, 64):
+        block = torch.zeros(count, min(64, count - lo), device=L.device, dtype=L.dtype)
+        block[range(lo, lo + block.shape[1]), range(block.shape[1])] = 1
+        # tr(H S_1) = (1/N) Σ g_iᵀ H g_i = Σ_j (S_1 e_j)ᵀ H e_j, whichever sum is shorter
+        left = E.combine(block) if by_examples else E.combine(E.dot(block))
+        terms = (left * (at.hessian @ (left if by_examples else block))).sum(0, dtype=torch.float64) / L.size
+        total, size = total + float(terms.sum()), size + float(terms.abs().sum())
+    return Measurement(total, floor=16 * torch.finfo(L.dtype).eps * size)
+
+
+def _estimated(at: Snapshot, probes: int, k: int | None) -> Measurement:
+    N = at.objective.size
+    _, values, dots = _control(at, k)
+    known = float(values @ dots.square().mean(0))
+    scale = float(values.abs() @ dots.square().mean(0))
+    signs = rademacher((N, probes), at.gradient, generator=at.generator("interaction_trace"))
+    V = at.examples.combine(signs) / math.sqrt(N)
+    HV = at.hessian @ V
+    quadratic = (V * HV).sum(0, dtype=torch.float64)
+    predicted = values @ (dots.T @ signs.double()).square() / N
+    size = float((V.double().norm(dim=0) * HV.double().norm(dim=0)).max())
+    floor = 16 * torch.finfo(at.objective.dtype).eps * (size + scale)
+    return _pooled(at, ("interaction_trace", probes, k), (quadratic - predicted).tolist(), known, scale, floor)
+
+
+def _pooled(at: Snapshot, key: tuple, residuals: list[float], known: float, scale: float, floor: float) -> Measurement:
+    """known + mean of the residuals. In a run, their variance relative to `scale`² is pooled over the last steps."""
+    found = sample_mean(residuals, offset=known, floor=floor)
+    if at.carry is None or scale == 0.0:
+        return found
+    n = len(residuals)
+    history: list[float] = at.carry.setdefault(("variance", *key), [])
+    history.append(float(found.error) ** 2 * n / scale**2)
+    del history[:-WINDOW]
+    pooled = sum(history) / len(history)
+    return replace(found, error=scale * math.sqrt(pooled / n), df=float(len(history) * (n - 1)))
+
+
+def _control(at: Snapshot, k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors q_k (P, K), numbers λ_k (K,) and products q_k·g_i (N, K) for the control variates of this step."""
+    k = min(10 if k is None else k, at.objective.num_params)
+
+    def compute() -> tuple[Tensor, Tensor, Tensor]:
+        Q, values = _control_vectors(at, k)
+        return Q, values, at.examples.dot(Q).double()
+
+    return at.shared(("control", k), compute)
+
+
+def _control_vectors(at: Snapshot, k: int) -> tuple[Tensor, Tensor]:
+    state: dict[str, Any] = {} if at.carry is None else at.carry.setdefault(("control", k), {})
+    if not state or state["age"] >= REFRESH:
+        start = state.get("Q")
+        pairs = eigsh(
+            at.hessian,
+            k,
+            which="LM",
+            tol=0.05 if start is None else 0.1,
+            start=start,
+            random_columns=1,
+            max_matvecs=6 * k,
+            generator=at.generator(f"control {k}"),
+        )
+        state.update(Q=pairs.vectors, values=pairs.values, age=0)
+    state["age"] += 1
+    return state["Q"], state["values"]
+
+
+def _draw(n: int, b: int, count: int, replacement: bool, generator: torch.Generator) -> Tensor:
+    """Coefficients (n, count) of independent batches: column j holds how often each example is drawn, over b."""
+    coefficients = torch.zeros(n, count)
+    for j in range(count):
+        index = (
+            torch.randint(n, (b,), generator=generator) if replacement else torch.randperm(n, generator=generator)[:b]
+        )
+        coefficients[:, j] += torch.bincount(index, minlength=n) / b
+    return coefficients
+
+
+def _over(numerator: Measurement, denominator: Measurement) -> Measurement:
+    """A ratio with an exact denominator."""
+    d = float(denominator.value)  # type: ignore[arg-type]
+    if numerator.value is None or d == 0.0:
+        return missing("the gradient is zero, so the ratio does not exist")
+    return numerator.scaled(1 / d)
+
+
+def _checked(found: Measurement) -> Measurement:
+    if not math.isfinite(float(found.value)):  # type: ignore[arg-type]
+        raise FloatingPointError("not finite: the parameters have diverged")
+    return found

@@ -1,0 +1,124 @@
+"""The list of diagnostics, and how one of them is evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..measurement import Measurement, missing
+from ..snapshot import Snapshot
+
+Function = Callable[..., Measurement]
+Request = str | tuple[str, Mapping[str, Any]]
+NEEDS = {
+    "batch_size": "pass batch_size=32, or a sequence of batch sizes",
+    "lr": "pass lr=0.1, the learning rate of the step",
+    "test": "pass test=Objective(model, loss, held_out_data)",
+    "batch_gradient": "it exists while training: measure it with train()",
+}
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """A named function Snapshot -> Measurement, with what the documentation says of it."""
+
+    name: str
+    function: Function
+    symbol: str
+    formula: str
+    kind: str
+    cost: str
+    needs: tuple[str, ...]
+
+
+DIAGNOSTICS: dict[str, Diagnostic] = {}
+
+
+def diagnostic(
+    symbol: str, *, formula: str, kind: str, cost: str, needs: Iterable[str] = ()
+) -> Callable[[Function], Function]:
+    """Register a function ``(at: Snapshot, **options) -> Measurement`` under its own name.
+
+    It is then a name for `measure` and `train`, in logs, plots and on the command line.
+
+    Args:
+        symbol: of the quantity, as in the papers.
+        formula: one line of plain text.
+        kind: "exact", "bound" or "sem"; for the documentation, the result states its own.
+        cost: in gradients of the data and products with the Hessian.
+        needs: what a snapshot must have: "batch_size", "lr", "test", "batch_gradient".
+
+    Raises:
+        ValueError: a name that is taken, or an unknown need.
+    """
+
+    def register(function: Function) -> Function:
+        name = function.__name__
+        unknown = set(needs) - set(NEEDS)
+        if name in DIAGNOSTICS or unknown:
+            raise ValueError(
+                f"diagnostic {name}: the name is taken"
+                if name in DIAGNOSTICS
+                else f"diagnostic {name} needs {sorted(unknown)}; expected among {sorted(NEEDS)}"
+            )
+        DIAGNOSTICS[name] = Diagnostic(name, function, symbol, formula, kind, cost, tuple(needs))
+        return function
+
+    return register
+
+
+def parse(requests: Iterable[Request]) -> dict[str, dict[str, Any]]:
+    """Names, or pairs (name, options), as options by name.
+
+    Raises:
+        ValueError: an unknown or repeated name, or an option that the diagnostic does not have; the message lists what
+            there is.
+    """
+    plan: dict[str, dict[str, Any]] = {}
+    for request in [requests] if isinstance(requests, str) else requests:
+        name, options = (request, {}) if isinstance(request, str) else request
+        if name not in DIAGNOSTICS:
+            raise ValueError(f"there is no diagnostic {name!r}; there are {', '.join(sorted(DIAGNOSTICS))}")
+        if name in plan:
+            raise ValueError(f"diagnostic {name} is asked for twice; ask once, with the options of one of them")
+        known = list(inspect.signature(DIAGNOSTICS[name].function).parameters)[1:]
+        unknown = set(options) - set(known)
+        if unknown:
+            raise ValueError(f"diagnostic {name} has no option {sorted(unknown)}; it has {known or 'none'}")
+        plan[name] = dict(options)
+    return plan
+
+
+def require(plan: Mapping[str, Mapping[str, Any]], available: Mapping[str, Any]) -> None:
+    """Refuse, before anything is computed, diagnostics that need what is not there.
+
+    Raises:
+        ValueError: naming the diagnostic, what it needs, and how to pass it.
+    """
+    for name, options in plan.items():
+        for need in DIAGNOSTICS[name].needs:
+            if available.get(need) is None and options.get(need) is None:
+                raise ValueError(f"diagnostic {name} needs {need}: {NEEDS[need]}")
+
+
+def evaluate(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, Measurement]:
+    """Measure a plan at a snapshot, inside one state guard; also kept in ``at.measurements``.
+
+    A point where the loss or a product is not finite gives measurements without value and with that reason, so that
+    training can go on.
+    """
+    with at.objective.measuring():
+        for name, options in plan.items():
+            started, spent = time.perf_counter(), at.matvecs
+            try:
+                found = DIAGNOSTICS[name].function(at, **options)
+            except FloatingPointError as error:
+                found = missing(str(error))
+            at.measurements[name] = dataclasses.replace(
+                found, matvecs=at.matvecs - spent, seconds=time.perf_counter() - started
+            )
+    return at.measurements

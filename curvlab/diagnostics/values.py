@@ -1,0 +1,102 @@
+"""What training looks at itself: loss, gradient norms, accuracy, and the held-out values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..measurement import Measurement, missing
+from ..objective import Objective
+from ..snapshot import Snapshot
+from .registry import diagnostic
+
+
+@diagnostic("L", formula="(1/N) Σ ℓ_i", kind="exact", cost="1 gradient, shared")
+def loss(at: Snapshot) -> Measurement:
+    """The training loss at w, over the whole measuring set, without penalties."""
+    return exact(at.value, at.objective)
+
+
+@diagnostic("‖∇L‖", formula="‖(1/N) Σ g_i‖", kind="exact", cost="1 gradient, shared")
+def gradient_norm(at: Snapshot) -> Measurement:
+    """Euclidean norm of the full gradient at w; its square is tr(S_n) (Lee 2022, sec. 2)."""
+    return exact(at.gradient.double().norm(), at.objective)
+
+
+@diagnostic(
+    "‖g_b‖",
+    formula="norm of the gradient of the batch that was drawn",
+    kind="exact",
+    cost="none",
+    needs=["batch_gradient"],
+)
+def batch_gradient_norm(at: Snapshot) -> Measurement:
+    """Norm of the gradient that the step is about to use, of the one batch that was drawn (not an expectation).
+
+    In the mode in which the model trains, so with dropout or BatchNorm it is not that of the measured loss.
+    """
+    assert at.batch_gradient is not None
+    return exact(at.batch_gradient.double().norm(), at.objective)
+
+
+@diagnostic(
+    "accuracy",
+    formula="share of examples whose largest output is the target class",
+    kind="exact",
+    cost="1 forward pass",
+)
+def train_accuracy(at: Snapshot) -> Measurement:
+    """Share of training examples (by weight) classified correctly at w."""
+    return _accuracy(at.objective, at.w)
+
+
+@diagnostic(
+    "L_test",
+    formula="mean loss over held-out data",
+    kind="exact",
+    cost="1 forward pass of the test data",
+    needs=["test"],
+)
+def test_loss(at: Snapshot) -> Measurement:
+    """Mean loss over the held-out data at w; exact for that set, no statement about the population."""
+    assert at.test is not None
+    return exact(at.test.value(_in(at.test, at.w)), at.test)
+
+
+@diagnostic(
+    "test accuracy",
+    formula="share of held-out examples classified correctly",
+    kind="exact",
+    cost="1 forward pass of the test data",
+    needs=["test"],
+)
+def test_accuracy(at: Snapshot) -> Measurement:
+    """Share of held-out examples classified correctly at w; exact for that set, no statement about the population."""
+    assert at.test is not None
+    return _accuracy(at.test, _in(at.test, at.w))
+
+
+def exact(value: Tensor | float, objective: Objective, *, scale: float | None = None) -> Measurement:
+    """An exact measurement with a rounding floor relative to `scale` (default: the value itself).
+
+    Raises:
+        FloatingPointError: the value is not finite.
+    """
+    value = float(value)
+    if not math.isfinite(value):
+        raise FloatingPointError(f"not finite ({value}): the parameters have diverged")
+    scale = abs(value) if scale is None else scale
+    return Measurement(value, floor=16 * torch.finfo(objective.dtype).eps * scale)
+
+
+def _accuracy(objective: Objective, w: Tensor) -> Measurement:
+    share = objective.accuracy(w)
+    if share is None:
+        return missing("the targets are no classes, or the loss calls the model itself")
+    return Measurement(float(share))
+
+
+def _in(objective: Objective, w: Tensor) -> Tensor:
+    return w.to(objective.device, objective.dtype)

@@ -1,0 +1,118 @@
+"""One point of a training run: everything a diagnostic may look at, each shared intermediate computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .hvp import Engine, HessianProducts
+from .linalg import LinearOperator
+from .linalg.probes import generator
+from .measurement import Measurement
+from .objective import Objective
+from .operators import hessian
+from .per_example import ExampleGradients
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A point w_t, before its step is taken, and what the step is about to use.
+
+    Attributes:
+        objective: the loss that is measured.
+        w: (P,) parameters, a copy.
+        step: t.
+        seed: of the probes; a diagnostic's stream is fixed by (seed, step, its name) alone.
+        batch_size: of training, for S_b; a tuple gives curves over b.
+        replacement: whether batches are drawn with replacement.
+        lr: learning rate about to be used; None where the optimizer has none, or several.
+        optimizer: name and settings of the optimizer, such as ``{"name": "SGD", "momentum": 0.0}``.
+        batch_gradient: (P,) gradient about to be used, of the batch that was drawn.
+        test: objective over held-out data.
+        carry: what earlier snapshots of the run left for later ones (warm starts, pooled variances); None for a point
+            on its own. A diagnostic keeps its state under its own key.
+        measurements: by name, filled in as they are made.
+    """
+
+    objective: Objective
+    w: Tensor
+    step: int = 0
+    seed: int = 0
+    batch_size: int | tuple[int, ...] | None = None
+    replacement: bool = False
+    lr: float | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    batch_gradient: Tensor | None = None
+    test: Objective | None = None
+    carry: dict[Hashable, Any] | None = None
+    engine: Engine = "auto"
+    measurements: dict[str, Measurement] = field(default_factory=dict)
+    _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    _count: list[int] = field(default_factory=lambda: [0], repr=False)
+
+    def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """The intermediate `key`, computed by the first diagnostic that asks for it.
+
+        Keys must name all options that the result depends on, so that what one diagnostic gets never depends on who
+        else is measured.
+        """
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]
+
+    def release(self) -> None:
+        """Forget the intermediates and free their graphs; they are computed again if asked for."""
+        self._shared.clear()
+
+    def generator(self, name: str) -> torch.Generator:
+        """A generator of probes for the diagnostic `name` at this step."""
+        return generator(self.seed, self.step, name)
+
+    @property
+    def matvecs(self) -> int:
+        """Products with the Hessian spent so far."""
+        return self._count[0]
+
+    @property
+    def value(self) -> Tensor:
+        """L(w), float64 scalar."""
+        return self._products.value_and_gradient()[0]
+
+    @property
+    def gradient(self) -> Tensor:
+        """∇L(w), (P,)."""
+        return self._products.value_and_gradient()[1]
+
+    @property
+    def hessian(self) -> LinearOperator:
+        """H(w), whose products are counted in `matvecs`."""
+        return self.shared("hessian", self._counted_hessian)
+
+    @property
+    def hessian_gradient(self) -> Tensor:
+        """H g, (P,)."""
+        return self.shared("hessian_gradient", lambda: self.hessian @ self.gradient)
+
+    @property
+    def examples(self) -> ExampleGradients:
+        """Per-example gradients at w."""
+        return self.shared("examples", lambda: ExampleGradients(self.objective, self.w))
+
+    @property
+    def _products(self) -> HessianProducts:
+        return self.shared("products", lambda: HessianProducts(self.objective, self.w, engine=self.engine))
+
+    def _counted_hessian(self) -> LinearOperator:
+        H, count = hessian(self.objective, self.w, products=self._products), self._count
+
+        def matmat(V: Tensor) -> Tensor:
+            count[0] += V.shape[1]
+            return H.matmat(V)
+
+        return LinearOperator(matmat, H.size, H.dtype, H.device, H.name)
