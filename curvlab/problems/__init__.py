@@ -1,6 +1,25 @@
-"""Named models and data, small enough for a laptop; hides which file each one is in."""
+"""Problems to measure on: models, data that needs no download, and presets. Names load on first use."""
 
-from curvlab.problems.data import DATA, digits, linear_regression
-from curvlab.problems.models import MODELS, cnn, linear, mlp
+from __future__ import annotations
 
-__all__ = ["DATA", "MODELS", "cnn", "digits", "linear", "linear_regression", "mlp"]
+import importlib
+from typing import Any
+
+_HOME = {
+    "digits": "data",
+    "linear_regression": "data",
+    "mlp": "models",
+    "cnn": "models",
+    "linear": "models",
+    "Experiment": "presets",
+    "PRESETS": "presets",
+    "build": "presets",
+}
+
+__all__ = ["digits", "linear_regression", "mlp", "cnn", "linear", "Experiment", "PRESETS", "build"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"curvlab.problems has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"curvlab.problems.{_HOME[name]}"), name)

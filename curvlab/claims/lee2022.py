@@ -1,0 +1,240 @@
+"""Lee 2022: the interaction of SGD with the loss landscape (Definitions 1 and 4, eq. 6, 9 and 11)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from ..runs import Run
+from .plain_descent import MIN_STEPS, PlainDescent, plateau, plateau_start
+from .registry import Decision, Verdict, claim
+from .statistics import Estimate, batch_medians, block_bootstrap, level, trend
+
+BAND = (0.85, 1.25)  # in units of 2/lr: measured plateaus sit 0-10% above it
+
+
+@claim(
+    source="Lee 2022, Definition 1 and sec. 4",
+    sentence="tr(H S_b)/tr(S_n) rises to 2/lr and oscillates around it, for GD and SGD: the edge of stability.",
+)
+def interaction_edge(run: Run) -> Verdict:
+    """`instability` oscillates around 2/lr, at an edge and not by balance of noise alone.
+
+    Statistic: level of x = instability·lr/2 over the plateau: the steps after its arrival near 1, in the second half of
+    the run.
+
+    At any plateau of the loss E[ΔL] = 0, and eq. 6 then puts x at 1 without any edge: linear regression with label noise
+    shows it. So the rule asks for evidence that no quadratic loss can give, and holds needs all of
+
+    - the interval of the level inside (0.85, 1.25), and x > 1 at 10-90% of the steps;
+    - the trend of log L below 0 over the plateau: the loss still falls;
+    - the interval of the sharpness above 2/lr (s = sharpness·lr/2 > 1) while the run does not diverge. On a quadratic such a
+      run diverges.
+
+    Does not hold: the level lies outside the band; x stays on one side of 1; the run diverged; x never arrives although the
+    sharpness no longer rises; or the sharpness moved by less than 5% in the whole run, so that x = 1 is noise balance.
+    Undecided: otherwise; in particular SGD with small batches, whose sharpness stays below 2/lr: one run cannot tell an edge
+    from balance there, the b-dependence over several runs can (`iir`).
+    """
+    name = "interaction_edge"
+    logs = PlainDescent(run)
+    if logs.refusal:
+        return Verdict(name, "not applicable", logs.refusal)
+    x, s = logs.relative("instability"), logs.relative("sharpness")
+    if logs.diverged:
+        return Verdict(name, "does not hold", "the loss diverged")
+    if len(x) < MIN_STEPS:
+        return Verdict(name, "undecided", f"{len(x)} measured steps; needs at least {MIN_STEPS}")
+    window = plateau(x)
+    if window is None:
+        if plateau_start(x) is not None:
+            return Verdict(name, "undecided", "arrives at 2/lr too near the end; train longer")
+        rising = trend(np.log(np.maximum(s[len(s) // 2 :], 1e-12)))
+        last = f"instability ends at {np.median(x[len(x) // 2 :]):.2f} of 2/lr"
+        if rising.low > 0.01:
+            return Verdict(name, "undecided", f"{last} and the sharpness still rises; train longer")
+        return Verdict(name, "does not hold", f"{last} and the sharpness no longer rises")
+    at, sharp, falling = level(x[window]), level(s[window]), trend(np.log(logs.loss[window]))
+    above = float((x[window] > 1).mean())
+    moved = float(np.divide(*np.sort(batch_medians(s, 20))[[-1, 0]]))
+    decision: Decision
+    if at.high < BAND[0] or at.low > BAND[1] or not 0.1 <= above <= 0.9:
+        decision, reason = "does not hold", f"does not oscillate around 2/lr: above it at {above:.0%} of the steps"
+    elif sharp.low <= 1 and moved < 1.05:
+        decision, reason = "does not hold", "at 2/lr by balance of noise: the curvature never moved"
+    elif at.low > BAND[0] and at.high < BAND[1] and falling.high < 0 and sharp.low > 1:
+        decision, reason = "holds", "oscillates around 2/lr while the loss falls and the sharpness is above 2/lr"
+    elif sharp.low <= 1:
+        decision, reason = (
+            "undecided",
+            "at 2/lr, but with sharpness below 2/lr balance of noise explains it too; compare several b (iir)",
+        )
+    else:
+        decision, reason = "undecided", "the level or the fall of the loss is not clear; train longer"
+    details = {
+        "from_step": int(logs.steps[window][0]),
+        "share_above": above,
+        "sharpness": str(sharp),
+        "log_loss_trend": str(falling),
+    }
+    return Verdict(name, decision, reason, at.value, at.interval, "0.85 to 1.25 (instability·lr/2)", details)
+
+
+@claim(
+    source="Lee 2022, eq. 11 and fig. 4d",
+    sentence="Over batch sizes, ‖H‖_{S_b} settles at 2ρ_b/lr: proportional to b for small b, saturating at 2/lr.",
+    several=True,
+)
+def iir(runs: Sequence[Run]) -> Verdict:
+    """Implicit interaction regularization, as the b-dependence over several runs with equal lr.
+
+    For one run, ‖H‖_{S_b} ≤ 2ρ_b/lr is the same inequality as stability in Definition 1, so it says nothing new. Statistic:
+    the ratio of the plateau of ‖H‖_{S_b} to 2ρ_b/lr, the one farthest from 1 over b.
+
+    Holds needs all of: the ratio's interval in (0.85, 1.25) for every b; plateaus of ‖H‖_{S_b} ordered in b (each at least
+    0.95 of the one before, the last at least 1.5 of the first); the largest b at 0.9-1.1 of 2/lr; and, because ratio and
+    order also follow from balance of noise, a *sharpness* that answers to b: its level at the largest b is at least 1.15
+    times that at the smallest, between the near ends of the intervals. On a quadratic loss the sharpness is constant.
+    Does not hold: a run diverged, a ratio outside, no order, no saturation, or no answer of the sharpness.
+    Undecided: a run that has not arrived and whose sharpness still rises.
+    Not applicable: fewer than 3 batch sizes, less than a factor 16 between them, several learning rates, momentum.
+    """
+    name = "iir"
+    logs = sorted((PlainDescent(run) for run in runs), key=lambda one: one.batch_size or 0)
+    refusal = next((one.refusal for one in logs if one.refusal), None)
+    sizes = [one.batch_size for one in logs]
+    if refusal:
+        return Verdict(name, "not applicable", refusal)
+    if len(set(sizes)) < max(3, len(sizes)) or sizes[-1] < 16 * sizes[0] or len({one.lr for one in logs}) > 1:
+        why = f"batch sizes {sizes}: needs one run each for 3 or more, a factor 16 apart, at one learning rate"
+        return Verdict(name, "not applicable", why)
+    if any(one.diverged for one in logs):
+        return Verdict(name, "does not hold", "a run diverged")
+    rows = []
+    for one in logs:
+        x, s = one.relative("instability"), one.relative("sharpness")
+        if len(x) < MIN_STEPS:
+            return Verdict(
+                name, "undecided", f"{len(x)} measured steps at b={one.batch_size}; needs at least {MIN_STEPS}"
+            )
+        window = plateau(x)
+        rising = trend(np.log(np.maximum(s[len(s) // 2 :], 1e-12))).low > 0.01
+        if window is None and rising:
+            return Verdict(
+                name, "undecided", f"b={one.batch_size} has not settled and its sharpness still rises; train longer"
+            )
+        window = window or slice(len(x) // 2, None)
+        u = one.relative("interaction_sharpness")
+        # ‖H‖_{S_b} over 2ρ_b/lr is x itself, because instability = ‖H‖_{S_b} / ρ_b
+        rows.append((level(x[window]), float(np.median(u[window])), level(s[window]), rising))
+    ratios, plateaus = [row[0] for row in rows], [row[1] for row in rows]
+    answer = Estimate(
+        rows[-1][2].value / rows[0][2].value, rows[-1][2].low / rows[0][2].high, rows[-1][2].high / rows[0][2].low
+    )
+    inside = all(r.low > BAND[0] and r.high < BAND[1] for r in ratios)
+    outside = [b for b, r in zip(sizes, ratios, strict=True) if r.high < BAND[0] or r.low > BAND[1]]
+    ordered = all(b >= 0.95 * a for a, b in pairwise(plateaus)) and plateaus[-1] >= 1.5 * plateaus[0]
+    saturated = 0.9 <= plateaus[-1] <= 1.1
+    decision: Decision
+    if inside and ordered and saturated and answer.low >= 1.15:
+        decision, reason = "holds", "plateaus follow 2ρ_b/lr, in order, up to 2/lr, and the sharpness answers to b"
+    elif not saturated and rows[-1][3] and not outside:
+        decision, reason = (
+            "undecided",
+            "the largest batch has not reached 2/lr and its sharpness still rises; train longer",
+        )
+    elif outside or not ordered or not saturated or answer.high < 1.15:
+        faults = [f"off the bound at b={outside}"] * bool(outside) + ["not ordered in b"] * (not ordered)
+        faults += [f"the largest b is at {plateaus[-1]:.2f} of 2/lr"] * (not saturated)
+        faults += ["the sharpness does not answer to b: balance of noise"] * (answer.high < 1.15)
+        decision, reason = "does not hold", "; ".join(faults)
+    else:
+        decision, reason = "undecided", "intervals are too wide; train longer"
+    worst = max(ratios, key=lambda r: abs(np.log(max(r.value, 1e-12))))
+    details = {
+        "batch_sizes": sizes,
+        "ratio_to_bound": [str(r) for r in ratios],
+        "plateau_over_2_by_lr": plateaus,
+        "sharpness": [str(row[2]) for row in rows],
+        "sharpness_answer": str(answer),
+    }
+    return Verdict(
+        name, decision, reason, worst.value, worst.interval, "0.85 to 1.25 (plateau / (2ρ_b/lr), worst b)", details
+    )
+
+
+@claim(
+    source="Lee 2022, eq. 6 and 9, figs. 1 and 2",
+    sentence="Before the edge the expected loss difference follows its quadratic prediction (slope lr²/2, zero at 2/lr); at "
+    "the edge the slope in the unstable regime is gentler.",
+)
+def quadratic_loss_difference(run: Run) -> Verdict:
+    """The loss is locally quadratic before the edge, and less steep than that beyond it.
+
+    In units x = instability·lr/2 and y = E[ΔL]/(lr ‖∇L‖²), eq. 6 without remainder is the line y = x - 1. Two parts:
+
+    - before: measured steps from the third on, up to the arrival at 2/lr, with x < 1. Least squares must give a slope and a
+      zero crossing within 0.1 of 1. The slope is identified only if at least 5 steps have x in (0.05, 0.95): x soars
+      within a few steps, so measure every step.
+    - after (statistic): slope through (1, 0) of the steps with x > 1 on the plateau, interval by moving blocks.
+
+    Holds: `interaction_edge` holds, the first part does, and the interval of the second lies below 0.9.
+    Does not hold: the first part fails where it is identified, or the second's interval lies above 0.9.
+    Undecided: a part is not identified, or the interval covers 0.9.
+    Not applicable: `interaction_edge` does not hold, so there is no "after". A quadratic loss has slope 1 throughout by
+    construction and cannot pass.
+    """
+    name = "quadratic_loss_difference"
+    logs = PlainDescent(run)
+    if logs.refusal:
+        return Verdict(name, "not applicable", logs.refusal)
+    edge = interaction_edge(run)
+    difference = run.series("expected_loss_difference")
+    if edge.decision != "holds":
+        return Verdict(
+            name, "not applicable", f"interaction_edge: {edge.decision}, so there is no edge to compare with"
+        )
+    x = logs.relative("instability")
+    y = difference.values / (logs.lr * run.series("gradient_norm").values ** 2)
+    before, line = _before(x, y, logs.relative("sharpness"))
+    window = plateau(x)
+    assert window is not None  # interaction_edge holds
+    unstable = np.flatnonzero((np.arange(len(x)) >= window.start) & (x > 1))
+    if len(unstable) < 20:
+        return Verdict(name, "undecided", f"{len(unstable)} unstable steps on the plateau; needs 20", details=line)
+    slope = block_bootstrap(x[unstable], y[unstable], lambda a, b: float(np.sum((a - 1) * b) / np.sum((a - 1) ** 2)))
+    decision: Decision
+    if before is False or slope.low > 0.9:
+        decision = "does not hold"
+        reason = "not on the line before the edge" if before is False else "no gentler slope beyond the edge"
+    elif before and slope.high < 0.9:
+        decision, reason = "holds", "on the line before the edge, gentler beyond it"
+    else:
+        decision = "undecided"
+        reason = (
+            "no steps between 0 and 2/lr before the edge; measure every step"
+            if before is None
+            else "interval covers 0.9"
+        )
+    return Verdict(
+        name, decision, reason, slope.value, slope.interval, "below 0.9 (slope beyond the edge; 1 on a quadratic)", line
+    )
+
+
+def _before(x: np.ndarray, y: np.ndarray, s: np.ndarray) -> tuple[bool | None, dict[str, float]]:
+    """Whether the steps before the arrival lie on y = x - 1 (None: not identified), and the fitted line."""
+    first = next((i for i in range(5, len(x)) if x[i] > 1), len(x))
+    arrival = plateau_start(x)
+    end = first if arrival is None else max(arrival, first)
+    index = np.arange(len(x))
+    early = (index >= 3) & (index < end) & (x < 1) & np.isfinite(y)
+    if ((x > 0.05) & (x < 0.95) & early).sum() < 5 or s[:3].max() >= 1:
+        return None, {}
+    slope, intercept = np.polyfit(x[early], y[early], 1)
+    zero = -intercept / slope
+    return bool(abs(slope - 1) <= 0.1 and abs(zero - 1) <= 0.1), {
+        "slope_before": float(slope),
+        "zero_before": float(zero),
+    }
