@@ -7,6 +7,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+# No module at this level is named like a function here: importing the module would hide the function.
 _HOME = {
     "Objective": "objective",
     "batch_loss": "losses",
@@ -23,8 +24,8 @@ _HOME = {
     "gradient_second_moment": "operators",
     "gradient_covariance": "operators",
     "diagnostic": "diagnostics.registry",
-    "measure": "measure",
-    "train": "train",
+    "measure": "point",
+    "train": "trainer",
     "Run": "runs",
 }
 _MODULES = ("claims", "diagnostics", "linalg", "operators", "plots", "problems")

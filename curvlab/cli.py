@@ -73,7 +73,7 @@ def _run(arguments: list[str]) -> int:
 
 def _train_all(experiment: Experiment, folder: Path) -> tuple[list[Run], bool]:
     from .problems.presets import build
-    from .train import train
+    from .trainer import train
 
     runs: list[Run] = []
     several = len(experiment.batch_size) > 1
@@ -133,7 +133,7 @@ def _measure(arguments: list[str]) -> int:
         return run, diagnostics, batch_size, seed, json
 
     path, names, sizes, seed, as_json = tyro.cli(options, args=arguments, prog="curvlab measure")
-    from .measure import measure
+    from .point import measure
     from .problems.presets import build, from_config
 
     run = Run(path)

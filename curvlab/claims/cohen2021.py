@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..runs import Run
-from .plain_descent import MIN_STEPS, MIN_WINDOW, PlainDescent
+from .plain_descent import FALLING, MIN_STEPS, MIN_WINDOW, PlainDescent
 from .registry import Verdict, claim
 from .statistics import first_sustained, level, trend
 
@@ -23,7 +23,7 @@ def edge_of_stability(run: Run) -> Verdict:
     two does not count.
 
     Holds: the interval of the level lies in (0.95, 1.5), s ≥ 0.95 at 80% of the steps or more, and the trend of log L over
-    that window is below 0.
+    that window is below -0.001.
     Does not hold: the level lies outside the band, or s ≥ 0.95 at less than 60%; the run diverged; or it never crosses
     although the sharpness no longer rises.
     Undecided: a run that ends too early, or anything between.
@@ -54,7 +54,7 @@ def edge_of_stability(run: Run) -> Verdict:
     window = slice(crossing, None)
     at, falling = level(s[window]), trend(np.log(logs.loss[window]))
     share = float((s[window] >= 0.95).mean())
-    if at.low > 0.95 and at.high < 1.5 and share >= 0.8 and falling.high < 0:
+    if at.low > 0.95 and at.high < 1.5 and share >= 0.8 and falling.high < FALLING:
         decision, reason = "holds", f"crosses at step {logs.steps[crossing]}, then hovers while the loss falls"
     elif at.high < 0.95 or at.low > 1.5 or share < 0.6:
         decision, reason = "does not hold", f"does not stay near 2/lr: at least 0.95 of it at {share:.0%} of the steps"

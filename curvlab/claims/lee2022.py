@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from ..runs import Run
-from .plain_descent import MIN_STEPS, PlainDescent, plateau, plateau_start
+from .plain_descent import FALLING, MIN_STEPS, PlainDescent, plateau, plateau_start
 from .registry import Decision, Verdict, claim
 from .statistics import Estimate, batch_medians, block_bootstrap, level, trend
 
@@ -29,7 +29,7 @@ def interaction_edge(run: Run) -> Verdict:
     shows it. So the rule asks for evidence that no quadratic loss can give, and holds needs all of
 
     - the interval of the level inside (0.85, 1.25), and x > 1 at 10-90% of the steps;
-    - the trend of log L below 0 over the plateau: the loss still falls;
+    - the trend of log L below -0.001 over the plateau: the loss still falls;
     - the interval of the sharpness above 2/lr (s = sharpness·lr/2 > 1) while the run does not diverge. On a quadratic such a
       run diverges.
 
@@ -64,7 +64,7 @@ def interaction_edge(run: Run) -> Verdict:
         decision, reason = "does not hold", f"does not oscillate around 2/lr: above it at {above:.0%} of the steps"
     elif sharp.low <= 1 and moved < 1.05:
         decision, reason = "does not hold", "at 2/lr by balance of noise: the curvature never moved"
-    elif at.low > BAND[0] and at.high < BAND[1] and falling.high < 0 and sharp.low > 1:
+    elif at.low > BAND[0] and at.high < BAND[1] and falling.high < FALLING and sharp.low > 1:
         decision, reason = "holds", "oscillates around 2/lr while the loss falls and the sharpness is above 2/lr"
     elif sharp.low <= 1:
         decision, reason = (

@@ -9,6 +9,7 @@ import numpy as np
 from ..runs import Run
 
 MIN_STEPS = 100  # measured steps below which nothing is decided
+FALLING = -1e-3  # a trend of log L must lie below this: a constant loss has one of rounding
 MIN_WINDOW = 50  # measured steps that a plateau must have
 
 

@@ -52,7 +52,8 @@ def train(
             `DataLoader` with augmentation.
         diagnostics: names or (name, options), measured at steps 0, `every`, 2 `every`, ... An odd `every` is wise:
             dynamics at the edge of stability have period 2.
-        run: a new folder for the log, and `final.pt` with the last parameters, whichever way the loop ends.
+        run: a new folder for the log, and `final.pt` with the last parameters and the number of steps taken,
+            whichever way the loop ends.
         config: what else to store in the run's configuration.
         test: held-out data.
         micro_batch_size: accumulate the batch's gradient over parts of at most so many examples.
@@ -118,7 +119,7 @@ def _steps(
     engine: Engine,
 ) -> Iterator[Snapshot]:
     carry: dict[Hashable, Any] = {}
-    step = 0
+    taken = 0
     try:
         for step, batch in enumerate(batches):
             optimizer.zero_grad()
@@ -147,9 +148,10 @@ def _steps(
             if not math.isfinite(batch_loss):
                 return  # diverged: the log says so, and the parameters of this point are kept
             optimizer.step()
+            taken += 1
     finally:
         if log is not None:
-            log.save("final", {"step": step, "params": L.params().cpu()})
+            log.save("final", {"step": taken, "params": L.params().cpu()})
             log.close()
 
 

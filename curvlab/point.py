@@ -50,8 +50,8 @@ def measure(
     Example:
         >>> import torch
         >>> from curvlab import Objective
-        >>> L = Objective(torch.nn.Linear(2, 1), "squared_error", (torch.eye(2), torch.zeros(2, 1)),
-        dtype=torch.float64)
+        >>> data = torch.eye(2).double(), torch.zeros(2, 1).double()
+        >>> L = Objective(torch.nn.Linear(2, 1).double(), "squared_error", data)
         >>> m = measure(L, ["sharpness", "interaction_sharpness"], batch_size=1)
         >>> float(m["interaction_sharpness"].value) <= float(m["sharpness"].value) * (1 + 1e-9)
         True

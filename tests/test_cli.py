@@ -1,0 +1,177 @@
+"""The command line as a user types it: behavioural; the numbers are those of the library, tested elsewhere."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from curvlab import Run
+from curvlab.cli import main
+from curvlab.problems import Experiment, build
+
+SHORT = ["--steps", "12", "--n", "64", "--hidden", "8"]
+
+
+@pytest.fixture(scope="module")
+def main_job(tmp_path_factory):
+    """The demo, whole: 600 steps with every quantity at every step."""
+    folder = tmp_path_factory.mktemp("runs") / "eos"
+    assert main(["run", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_the_main_job_shows_the_edge_of_stability(main_job, capsys):
+    assert main(["claims", str(main_job), "--json"]) == 0
+    verdicts = {v["claim"]: v for v in json.loads(capsys.readouterr().out)}
+    assert {name: v["decision"] for name, v in verdicts.items()} == {
+        "edge_of_stability": "holds",
+        "interaction_edge": "holds",
+        "quadratic_loss_difference": "holds",
+    }
+    run = Run(main_job)
+    late = slice(300, None)
+    assert 1.0 < np.median(run.series("sharpness").values[late]) * 0.1 < 1.2
+    assert 0.97 < np.median(run.series("interaction_sharpness").values[late]) * 0.1 < 1.03
+
+
+def test_the_main_job_leaves_its_figures_and_its_origin(main_job):
+    for name in ("edge_of_stability", "loss_difference"):
+        picture = matplotlib.image.imread(main_job / f"{name}.png")
+        assert picture[..., :3].std() > 0.05  # something is drawn
+        assert (main_job / f"{name}.pdf").stat().st_size > 5000
+    config = json.loads((main_job / "config.json").read_text())
+    assert config["experiment"]["lr"] == 0.2
+    assert {"command", "commit", "versions"} <= set(config["provenance"])
+    assert config["training"]["objective"]["device"] == "cpu"
+
+
+def test_the_end_of_a_run_can_be_measured_again(main_job, capsys):
+    assert (
+        main(
+            [
+                "measure",
+                str(main_job),
+                "--diagnostics",
+                "loss",
+                "interaction_sharpness",
+                "--batch-size",
+                "8",
+                "32",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    out = json.loads(capsys.readouterr().out)
+    last = Run(main_job).series("loss")
+    assert out["step"] == last.steps[-1] + 1 == 600  # the last step was taken after the last measurement
+    L, _, _, _ = build(Experiment())
+    final = Run(main_job).load("final")["params"]
+    assert out["measurements"]["loss"]["value"] == pytest.approx(float(L.value(final)), rel=1e-6)
+    assert out["measurements"]["interaction_sharpness"]["axis"] == ["batch_size", [8, 32]]
+    assert main(["measure", str(main_job), "--batch-size", "8", "32"]) == 0
+    assert "batch_size=32" in capsys.readouterr().out
+
+
+def test_several_batch_sizes_are_several_runs(tmp_path, capsys):
+    folder = tmp_path / "iir"
+    assert main(["run", "sgd-iir", "--batch-size", "4", "16", "--out", str(folder), *SHORT]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["b16", "b4", "batch_sizes.pdf", "batch_sizes.png"]
+    assert main(["claims", str(folder)]) == 0
+    assert "iir" in capsys.readouterr().out
+    assert main(["plot", str(folder), "--out", str(tmp_path / "figures")]) == 0
+    assert (tmp_path / "figures" / "batch_sizes.png").exists()
+
+
+def test_every_setting_of_a_preset_is_an_option(tmp_path):
+    options = (
+        "--data linear_regression --model linear --label-noise 0.5 --lr 0.05 --momentum 0.5 --batch-size 4 --replacement "
+        "--every 3 --init-seed 1 --data-seed 2 --probe-seed 3 --diagnostics loss sharpness --dtype float64 --device cpu "
+        "--steps 9 --n 32"
+    )
+    assert main(["run", "control", "--out", str(tmp_path / "r"), *options.split()]) == 0
+    run = Run(tmp_path / "r")
+    assert [record["step"] for record in run.records] == [0, 3, 6]
+    assert run.names == ["loss", "sharpness"]
+    assert run.config["training"]["objective"]["dtype"] == "torch.float64"
+    assert run.config["training"]["optimizer"]["momentum"] == 0.5
+    assert run.config["training"]["replacement"] is True
+    assert run.config["training"]["probe_seed"] == 3
+
+
+def test_the_same_command_gives_the_same_numbers(tmp_path):
+    logs = []
+    for name in ("a", "b"):
+        assert main(["run", "--out", str(tmp_path / name), "--batch-size", "8", *SHORT]) == 0
+        records = Run(tmp_path / name).records
+        logs.append([{k: m["value"] for k, m in record["measurements"].items()} for record in records])
+    assert logs[0] == logs[1]
+
+
+def test_list_names_everything(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for name in ("edge-of-stability", "control", "interaction_sharpness", "test_accuracy", "iir"):
+        assert name in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "there is no command 'nonsense'"),
+        (["run", "nonsense"], "there is no preset 'nonsense'"),
+        (["claims", "/nowhere"], "holds no run"),
+        (["measure", "/nowhere"], "holds no run"),
+        (["plot"], "name at least one run"),
+    ],
+)
+def test_mistakes_get_one_line_and_status_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_is_never_overwritten(tmp_path, capsys):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "measurements.jsonl").write_text("precious")
+    assert main(["run", "--out", str(tmp_path / "r"), *SHORT]) == 2
+    assert "never overwritten" in capsys.readouterr().err
+    assert (tmp_path / "r" / "measurements.jsonl").read_text() == "precious"
+
+
+def test_help_answers_without_loading_torch():
+    code = (
+        "import sys; sys.argv = ['curvlab', 'run', '--help']\n"
+        "try:\n from curvlab.cli import main; main()\n"
+        "finally:\n assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--lr" in done.stdout
+
+
+def test_ctrl_c_leaves_a_readable_run(tmp_path):
+    folder = tmp_path / "r"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "curvlab", "run", "--out", str(folder), "--steps", "100000", "--n", "64", "--hidden", "8"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    log = folder / "measurements.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and log.stat().st_size > 20000):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    run = Run(folder)
+    assert len(run.records) >= 5
+    final = run.load("final")
+    assert final["step"] >= run.records[-1]["step"]
+    assert "verdict" in out
