@@ -22,11 +22,16 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     """The parameters with `requires_grad` by name; tied ones come once.
 
     Raises:
-        ValueError: there are none, or a lazy one has no shape yet.
+        ValueError: there are none, a lazy one has no shape yet, or gradients are sparse.
     """
     lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise ValueError(f"parameter {lazy[0]} has no shape yet; run the model once on a batch before measuring")
+    sparse = [name for name, m in model.named_modules() if getattr(m, "sparse", False)]
+    if sparse:
+        raise ValueError(
+            f"module {sparse[0]} gives sparse gradients, which have no second derivative; set sparse=False"
+        )
     found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError("the model has no parameter with requires_grad=True; unfreeze what is to be measured")

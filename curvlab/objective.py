@@ -109,7 +109,7 @@ class Objective:
 
     def params(self) -> Tensor:
         """(P,) detached copy of the model's trainable parameters, in the dtype and on the device of measuring."""
-        return self.join([p.detach().to(self.device, self.dtype) for p in self._variables.values()]).clone()
+        return self.join([p.detach().to(self.device, self.dtype) for p in self._variables.values()])
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """A flat (P,) vector as views by parameter name."""

@@ -95,6 +95,7 @@ def train(
                     "diagnostics": list(plan.items()),
                     "micro_batch_size": micro_batch_size,
                     "probe_seed": seed,
+                    "engine": engine,
                     "threads": torch.get_num_threads(),
                 },
             },
