@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -180,12 +181,13 @@ class Objective:
         """The state guard around every evaluation (see `curvlab.guard`); free when already inside."""
         return measuring(self.model, train_mode=self.mode == "train")
 
-    def chunks(self, batch: Any = None) -> list[Chunk]:
-        """The data (or a batch) in pieces of at most `chunk_size`, on the device. Everything that sums over examples
-        walks through these."""
-        return [
-            replace(piece, batch=tree_map(self._place, piece.batch)) for piece in self.pieces(batch, self.chunk_size)
-        ]
+    def chunks(self, batch: Any = None, *, size: int | None = None) -> list[Chunk]:
+        """The data (or a batch) in pieces of at most `size` (default `chunk_size`) examples, on the device.
+
+        Everything that sums over examples walks through these.
+        """
+        pieces = self.pieces(batch, size or self.chunk_size)
+        return [replace(piece, batch=tree_map(self._place, piece.batch)) for piece in pieces]
 
     def pieces(self, batch: Any = None, size: int | None = None) -> list[Chunk]:
         """The data, or a batch given by indices (b,) or as it is, in parts of at most `size` examples, where they lie."""
@@ -263,11 +265,15 @@ class Objective:
         self._reseed(chunk)
         return torch.func.functional_call(self._call, self._state(params), (chunk.batch,), {"outputs_only": True})
 
-    def grads(self, value: Tensor, params: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
+    def grads(
+        self, value: Tensor, params: list[Tensor], *, create_graph: bool = False, retain_graph: bool | None = None
+    ) -> list[Tensor]:
         """Gradients of a scalar, exact zeros where it does not depend on a parameter."""
         if not value.requires_grad:
             return [torch.zeros_like(p) for p in params]
-        found = torch.autograd.grad(value, params, create_graph=create_graph, allow_unused=True)
+        found = torch.autograd.grad(
+            value, params, create_graph=create_graph, retain_graph=retain_graph, allow_unused=True
+        )
         return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
 
     def require_examples(self, what: str) -> None:
@@ -319,43 +325,39 @@ class Objective:
         if self.mode == "train":  # the same masks at every evaluation; the guard restores the generators
             torch.manual_seed(chunk.seed)
 
-    def chunk_gradients(self, params: list[Tensor], chunk: Chunk, names: list[str] | None = None) -> Tensor:
-        """(B, p) gradients of the examples of a chunk in the named parameters (default: all)."""
-        chosen = [i for i, name in enumerate(self._variables) if names is None or name in names]
+    def chunk_gradients(
+        self,
+        params: list[Tensor],
+        chunk: Chunk,
+        names: list[str] | None = None,
+        scalars: Callable[[list[Tensor], Chunk], Tensor] | None = None,
+    ) -> Tensor:
+        """(B, p) gradients of the examples of a chunk in the named parameters (default: all), by vmap or a loop.
 
-        def loss(part: list[Tensor], batch: Any, weight: Tensor | None) -> Tensor:
+        `scalars` are functions of the examples, (params, chunk) -> (B,), other than `losses`.
+        """
+        chosen = [i for i, name in enumerate(self._variables) if names is None or name in names]
+        scalars = scalars or self.losses
+
+        def scalar(part: list[Tensor], batch: Any, weight: Tensor | None) -> Tensor:
             full = list(params)
             for i, p in zip(chosen, part, strict=True):
                 full[i] = p
             one = Chunk(slice(0, 1), tree_map(lambda t: t[None] if t.ndim else t, batch), None, chunk.seed)
-            value = self.losses(full, one)[0]
+            value = scalars(full, one)[0]
             return value if weight is None else value * weight
 
         dims = tree_map(lambda t: 0 if t.ndim else None, chunk.batch)
         weight_dim = None if chunk.weights is None else 0
         try:
-            mapped = torch.func.vmap(torch.func.grad(loss), in_dims=(None, dims, weight_dim))
+            mapped = torch.func.vmap(torch.func.grad(scalar), in_dims=(None, dims, weight_dim))
             found = mapped([params[i] for i in chosen], chunk.batch, chunk.weights)
             return torch.cat([g.flatten(1) for g in found], 1)
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ):  # control flow, in-place updates, leaves that are no tensors
-            return self._chunk_gradients_loop(params, chunk, chosen)
-
-    def _chunk_gradients_loop(self, params: list[Tensor], chunk: Chunk, chosen: list[int]) -> Tensor:
-        params = [p.detach().requires_grad_() for p in params]
-        part = [params[i] for i in chosen]
-        rows = []
-        for loss in self.losses(params, chunk):
-            found = (
-                torch.autograd.grad(loss, part, retain_graph=True, allow_unused=True) if loss.requires_grad else part
-            )
-            rows.append(
-                self.join([torch.zeros_like(p) if g is None or g is p else g for p, g in zip(part, found, strict=True)])
-            )
-        return torch.stack(rows)
+        except (RuntimeError, TypeError, ValueError):  # control flow, in-place updates, leaves that are no tensors
+            params = [p.detach().requires_grad_() for p in params]
+            part = [params[i] for i in chosen]
+            rows = [self.grads(value, part, retain_graph=True) for value in scalars(params, chunk)]
+            return torch.stack([self.join(row) for row in rows])
 
     def _saved_bytes(self, examples: int) -> int:
         seen: dict[int, int] = {}
