@@ -29,18 +29,24 @@ class HessianProducts:
     Reverse-over-reverse and forward-over-reverse are the two orders that PyTorch gets right through LayerNorm and
     BatchNorm; others are silently wrong (pytorch issues 175754, 186256).
 
+    Args:
+        batch: indices of the examples whose mean loss is differentiated; default all.
+
     Attributes:
         engine: the engine in use.
         kept: number of chunks whose graphs are kept, of `len(chunks)`.
     """
 
-    def __init__(self, objective: Objective, w: Tensor, *, engine: Engine = "auto") -> None:
+    def __init__(
+        self, objective: Objective, w: Tensor, *, engine: Engine = "auto", batch: Tensor | None = None
+    ) -> None:
         if engine not in ("auto", *ENGINES):
             raise ValueError(f"engine is {engine!r}; expected 'auto' or one of {ENGINES}")
         self.objective = objective
         self.engine = "graph" if engine == "auto" else engine
         self.w = w.detach().clone()
-        self.chunks = objective.chunks()
+        self.chunks = objective.chunks(batch)
+        self.size = sum(chunk.size for chunk in self.chunks)
         self.kept = 0
         if self.engine == "graph":
             fit = objective.memory / 2 / max(1.0, objective.graph_bytes * objective.chunk_size)
@@ -60,7 +66,7 @@ class HessianProducts:
                     value, gradient = value + graph.value, gradient + graph.gradient
                     if i < self.kept:
                         self._graphs.append(graph)
-            self._value_and_gradient = value / L.size, gradient / L.size
+            self._value_and_gradient = value / self.size, gradient / self.size
         return self._value_and_gradient
 
     def matmat(self, V: Tensor) -> Tensor:
@@ -77,7 +83,7 @@ class HessianProducts:
                     graph = self._graphs[i] if i < self.kept else _GradientGraph(L, self.w, chunk)
                     columns = [graph.product(v) for v in V.T]
                 total += torch.stack(columns, 1)
-            return total / L.size
+            return total / self.size
 
     def _jvp_of_gradient(self, chunk: Chunk, v: Tensor) -> Tensor:
         L = self.objective

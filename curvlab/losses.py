@@ -44,7 +44,45 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (outputs - targets).square().flatten(1).sum(1)
 
 
-LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": squared_error}
+def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Sum over outputs of -log p(target), (B,), for logits and 0/1 targets (or probabilities) of the same shape.
+
+    Raises:
+        ValueError: shapes that differ.
+    """
+    if targets.shape != outputs.shape:
+        raise ValueError(
+            f"binary_cross_entropy got outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}; "
+            "expected equal shapes"
+        )
+    losses = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype), reduction="none")
+    return losses.reshape(len(losses), -1).sum(1)
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": cross_entropy,
+    "squared_error": squared_error,
+    "binary_cross_entropy": binary_cross_entropy,
+}
+
+
+def fisher_root(loss: Any, outputs: Tensor, xi: Tensor) -> Tensor | None:
+    """R ξ per example, where R Rᵀ is the Fisher information of the likelihood in the outputs; None without a likelihood.
+
+    The likelihoods: categorical with softmax, R = diag(√p)(I - √p √pᵀ); independent Bernoulli, R = diag(√(p(1 - p)));
+    Gaussian of unit variance for `squared_error`, R = I. In each R Rᵀ is also the Hessian of the loss in the outputs, so
+    Fisher and GGN agree. With random signs ξ, E[R ξ ξᵀ Rᵀ] = R Rᵀ.
+
+    Args:
+        outputs, xi: (B, C), or (B,) for a single logit.
+    """
+    if loss is cross_entropy:
+        root = outputs.softmax(1).sqrt()
+        return root * (xi - root * (root * xi).sum(1, keepdim=True))
+    if loss is binary_cross_entropy:
+        p = outputs.sigmoid()
+        return (p * (1 - p)).sqrt() * xi
+    return xi if loss is squared_error else None
 
 
 @dataclass(frozen=True)

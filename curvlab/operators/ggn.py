@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,9 @@ from ..linalg import LinearOperator
 from ..objective import Chunk, Objective
 
 
-def ggn(L: Objective, w: Tensor | None = None) -> LinearOperator:
+def ggn(
+    L: Objective, w: Tensor | None = None, *, output_hessian: Literal["loss", "identity"] = "loss"
+) -> LinearOperator:
     """G(w) = (1/N) Σ_i s_i J_iᵀ (∂²ℓ/∂z²) J_i as a `LinearOperator`, (P, P), J_i the Jacobian of the outputs z.
 
     H = G + (1/N) Σ s_i Σ_c (∂ℓ/∂z_c) ∇²z_c. G equals H for models that are linear in their parameters, tr(G) = tr(H)
@@ -17,21 +21,28 @@ def ggn(L: Objective, w: Tensor | None = None) -> LinearOperator:
     about two gradients on a graph that is kept as long as it fits in half of the objective's `memory`. Reverse mode
     only, so layers without forward-mode rules work.
 
+    Args:
+        output_hessian: ``"identity"`` replaces ∂²ℓ/∂z² by 1: (1/N) Σ_i s_i J_iᵀ J_i, whose non-zero eigenvalues are those of
+            the neural tangent kernel J Jᵀ over N (Jacot et al. 2018, arXiv 1806.07572).
+
     Raises:
         TypeError: for a `batch_loss`, whose outputs are unknown.
+        ValueError: another `output_hessian`.
 
     Source: Schraudolph 2002 (doi 10.1162/08997660260028683).
     """
+    if output_hessian not in ("loss", "identity"):
+        raise ValueError(f"output_hessian is {output_hessian!r}; expected 'loss' or 'identity'")
     w = (L.params() if w is None else w).detach().clone()
     chunks = L.chunks()
     keep = int(L.memory / 2 / max(1.0, L.graph_bytes * L.chunk_size))
     graphs: dict[int, _OutputGraph] = {}
 
     def matmat(V: Tensor) -> Tensor:
-        total = torch.zeros_like(V)
         with L.measuring():
+            total = torch.zeros_like(V)
             for i, chunk in enumerate(chunks):
-                graph = graphs.get(i) or _OutputGraph(L, w, chunk)
+                graph = graphs.get(i) or _OutputGraph(L, w, chunk, output_hessian)
                 if i < keep:
                     graphs[i] = graph
                 total += torch.stack([graph.product(v.contiguous()) for v in V.T], 1)
@@ -48,11 +59,14 @@ def ggn(L: Objective, w: Tensor | None = None) -> LinearOperator:
 class _OutputGraph:
     """The outputs of one chunk with their graph, and the gradient of its loss in the outputs with its own."""
 
-    def __init__(self, L: Objective, w: Tensor, chunk: Chunk) -> None:
+    def __init__(self, L: Objective, w: Tensor, chunk: Chunk, output_hessian: str) -> None:
         self.L, self.params = L, L.leaves_at(w)
         self.z = L.outputs(self.params, chunk)
         self.at = self.z.detach().requires_grad_()
-        losses = L.loss(self.at, chunk.batch[1])  # type: ignore[operator]
+        if output_hessian == "loss":
+            losses = L.loss(self.at, chunk.batch[1])  # type: ignore[operator]
+        else:
+            losses = 0.5 * self.at.square().flatten(1).sum(1)
         losses = losses if chunk.weights is None else losses * chunk.weights
         (self.dz,) = torch.autograd.grad(losses.sum(), self.at, create_graph=True)
         # J v by two reverse passes: Jᵀu is linear in u, so its derivative in u applied to v is J v.
