@@ -1,7 +1,19 @@
 """Linear algebra that knows a matrix only by ``A @ V``; a dense tensor is as good as a `LinearOperator`."""
 
+from .density import SpectralDensity, spectral_density, tridiagonal
 from .lanczos import Eigenpairs, eigsh, orthonormalize
 from .operator import LinearOperator, dense, from_scipy
 from .trace import trace
 
-__all__ = ["Eigenpairs", "LinearOperator", "dense", "eigsh", "from_scipy", "orthonormalize", "trace"]
+__all__ = [
+    "Eigenpairs",
+    "LinearOperator",
+    "SpectralDensity",
+    "dense",
+    "eigsh",
+    "from_scipy",
+    "orthonormalize",
+    "spectral_density",
+    "trace",
+    "tridiagonal",
+]
