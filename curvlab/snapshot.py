@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +34,7 @@ class Snapshot:
         lr: learning rate about to be used; None where the optimizer has none, or several.
         optimizer: name and settings of the optimizer, such as ``{"name": "SGD", "momentum": 0.0}``.
         batch_gradient: (P,) gradient about to be used, of the batch that was drawn.
+        preconditioner: (P,) what the step is about to divide the gradient by, entry by entry, for adaptive optimizers.
         test: objective over held-out data.
         carry: what earlier snapshots of the run left for later ones (warm starts, pooled variances); None for a point
             on its own. A diagnostic keeps its state under its own key.
@@ -49,6 +50,7 @@ class Snapshot:
     lr: float | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     batch_gradient: Tensor | None = None
+    preconditioner: Tensor | None = None
     test: Objective | None = None
     carry: dict[Hashable, Any] | None = None
     engine: Engine = "auto"
@@ -92,7 +94,7 @@ class Snapshot:
     @property
     def hessian(self) -> LinearOperator:
         """H(w), whose products are counted in `matvecs`."""
-        return self.shared("hessian", self._counted_hessian)
+        return self.shared("hessian", lambda: self.counted(hessian(self.objective, self.w, products=self._products)))
 
     @property
     def hessian_gradient(self) -> Tensor:
@@ -108,11 +110,12 @@ class Snapshot:
     def _products(self) -> HessianProducts:
         return self.shared("products", lambda: HessianProducts(self.objective, self.w, engine=self.engine))
 
-    def _counted_hessian(self) -> LinearOperator:
-        H, count = hessian(self.objective, self.w, products=self._products), self._count
+    def counted(self, A: LinearOperator) -> LinearOperator:
+        """The same matrix, whose products are added to `matvecs`."""
+        count = self._count
 
         def matmat(V: Tensor) -> Tensor:
             count[0] += V.shape[1]
-            return H.matmat(V)
+            return A.matmat(V)
 
-        return LinearOperator(matmat, H.size, H.dtype, H.device, H.name)
+        return replace(A, matmat=matmat)

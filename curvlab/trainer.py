@@ -16,6 +16,7 @@ from .diagnostics import evaluate, parse, require
 from .diagnostics.registry import Request
 from .hvp import Engine
 from .objective import Chunk, Objective
+from .optimizers import ADAPTIVE, learning_rate, preconditioner, settings
 from .runs import Run
 from .snapshot import Snapshot
 
@@ -78,7 +79,9 @@ def train(
         raise ValueError(f"every is {every}; expected a whole number of steps from 1")
     batch_size = batch_size if batch_size is not None else getattr(batches, "batch_size", None)
     replacement = replacement if replacement is not None else getattr(batches, "replacement", False)
-    require(plan, {"batch_size": batch_size, "lr": _lr(optimizer), "test": test, "batch_gradient": True})
+    adaptive = type(optimizer).__name__ in ADAPTIVE or None
+    available = {"batch_size": batch_size, "lr": learning_rate(optimizer), "test": test, "batch_gradient": True}
+    require(plan, available | {"preconditioner": adaptive})
     log = None
     if run is not None:
         log = Run.create(
@@ -87,8 +90,8 @@ def train(
                 **(config or {}),
                 "training": {
                     "objective": L.describe(),
-                    "optimizer": optimizer_settings(optimizer),
-                    "lr": _lr(optimizer),
+                    "optimizer": settings(optimizer),
+                    "lr": learning_rate(optimizer),
                     "batch_size": batch_size,
                     "replacement": replacement,
                     "every": every,
@@ -130,14 +133,15 @@ def _steps(
                 L.params(),
                 step,
                 seed,
-                batch_size,
-                replacement,
-                _lr(optimizer),
-                optimizer_settings(optimizer),
-                _flat_gradient(L),
-                test,
-                carry,
-                engine,
+                batch_size=batch_size,
+                replacement=replacement,
+                lr=learning_rate(optimizer),
+                optimizer=settings(optimizer),
+                batch_gradient=_flat_gradient(L),
+                preconditioner=preconditioner(optimizer, L),
+                test=test,
+                carry=carry,
+                engine=engine,
             )
             if plan and step % every == 0:
                 started = time.perf_counter()
@@ -173,18 +177,6 @@ def backward(L: Objective, batch: Any, micro_batch_size: int | None = None) -> f
         mean.backward()
         total += float(mean.detach())
     return total
-
-
-def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Name and plain settings of the first parameter group."""
-    group = optimizer.param_groups[0]
-    plain = {key: value for key, value in group.items() if isinstance(value, bool | int | float | str | tuple)}
-    return {"name": type(optimizer).__name__, **plain}
-
-
-def _lr(optimizer: torch.optim.Optimizer) -> float | None:
-    rates = {float(group["lr"]) for group in optimizer.param_groups if "lr" in group}
-    return rates.pop() if len(rates) == 1 else None
 
 
 def _flat_gradient(L: Objective) -> Tensor:

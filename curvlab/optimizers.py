@@ -1,0 +1,85 @@
+"""What an optimizer is about to do, read from its own state: its preconditioner, and where it becomes unstable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .objective import Objective
+
+ADAPTIVE = ("Adam", "AdamW", "RMSprop")
+
+
+def settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Name and plain settings of the first parameter group."""
+    group = optimizer.param_groups[0]
+    plain = {key: value for key, value in group.items() if isinstance(value, bool | int | float | str | tuple)}
+    return {"name": type(optimizer).__name__, **plain}
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
+    """The learning rate, if all groups have the same."""
+    rates = {float(group["lr"]) for group in optimizer.param_groups if "lr" in group}
+    return rates.pop() if len(rates) == 1 else None
+
+
+def stability_threshold(settings: dict[str, Any], lr: float) -> float | None:
+    """The (preconditioned) sharpness above which the step diverges on a quadratic; None where no formula is known.
+
+    From the linear recursion of the optimizer on one eigendirection with eigenvalue λ (of P^{-1/2} H P^{-1/2} for adaptive
+    ones, whose P is taken as constant): gradient descent 2/lr; Polyak momentum β with torch's update (2 + 2β)/lr; Nesterov
+    (2 + 2β)/(lr (1 + 2β)); Adam (2 + 2β₁)/((1 - β₁) lr), 38/lr at β₁ = 0.9; RMSprop 2/lr, with its own momentum (2 + 2β)/lr.
+    Weight decay w in the gradient (SGD, Adam, RMSprop) shifts λ by w, and for SGD the threshold is lowered by it; decoupled
+    decay (AdamW) is neglected, being lr·w ≪ 1.
+
+    Source: Cohen et al. 2021 (arXiv 2103.00065), sec. 2 and App. B; Cohen et al. 2022 (arXiv 2207.14484), sec. 3.
+    """
+    name, momentum = settings.get("name"), float(settings.get("momentum", 0.0) or 0.0)
+    if settings.get("maximize") or settings.get("amsgrad") or settings.get("centered"):
+        return None
+    if name == "SGD":
+        # torch applies dampening to the gradient's share in the momentum buffer
+        gain = (1 - float(settings.get("dampening", 0.0))) if momentum else 1.0
+        shape = (1 + 2 * momentum) if settings.get("nesterov") else 1.0
+        if gain != 1.0 and settings.get("nesterov"):
+            return None
+        return (2 + 2 * momentum) / (lr * shape * gain) - float(settings.get("weight_decay", 0.0))
+    if name in ("Adam", "AdamW"):
+        beta = float(settings["betas"][0])
+        return (2 + 2 * beta) / ((1 - beta) * lr)
+    if name == "RMSprop":
+        return (2 + 2 * momentum) / lr
+    return None
+
+
+def preconditioner(optimizer: torch.optim.Optimizer, L: Objective) -> Tensor | None:
+    """(P,) diagonal of the matrix that the next step divides the gradient by; None for optimizers without one.
+
+    From the second moments *after* the gradient in `.grad` has entered them, with bias correction and ε as torch applies
+    them: Adam and AdamW √(v_{t+1}/(1 - β₂^{t+1})) + ε, RMSprop √v_{t+1} + ε.
+
+    Source: Cohen et al. 2022 (arXiv 2207.14484), sec. 2.
+    """
+    name = type(optimizer).__name__
+    if name not in ADAPTIVE:
+        return None
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    parts = []
+    for p in L.variables():
+        group, state = groups.get(id(p)), optimizer.state.get(p, {})
+        if group is None or group.get("amsgrad") or group.get("centered"):
+            return None
+        g = torch.zeros_like(p) if p.grad is None else p.grad.detach()
+        if group.get("weight_decay") and name != "AdamW":
+            g = g + group["weight_decay"] * p.detach()
+        if name == "RMSprop":
+            alpha = group["alpha"]
+            v = alpha * state.get("square_avg", torch.zeros_like(p)) + (1 - alpha) * g.square()
+            parts.append(v.sqrt() + group["eps"])
+        else:
+            beta, t = group["betas"][1], int(state.get("step", 0)) + 1
+            v = beta * state.get("exp_avg_sq", torch.zeros_like(p)) + (1 - beta) * g.square()
+            parts.append((v / (1 - beta**t)).sqrt() + group["eps"])
+    return L.join([part.to(L.device, L.dtype) for part in parts])
