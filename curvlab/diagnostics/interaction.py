@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,15 +10,14 @@ from torch import Tensor
 
 from ..linalg import eigsh
 from ..linalg.probes import rademacher
-from ..linalg.trace import sample_mean
 from ..measurement import Measurement, missing
 from ..operators import noise_share
 from ..snapshot import Snapshot
-from .noise import BatchSizes, over_batch_sizes, second_moment, squared_norm
+from .estimation import default_probes, estimate
+from .noise import BatchSizes, draw_batches, over_batch_sizes, second_moment, squared_norm
 from .registry import diagnostic
 
 REFRESH = 8  # steps between two fits of the control variate
-WINDOW = 8  # steps over which the variance of probes is pooled
 _COST = "16 probes and 10-30 products; 2 probes and 2 products when tracked"
 
 
@@ -37,6 +35,8 @@ def interaction_trace(
     exact: bool = False,
     probes: int | None = None,
     k: int | None = None,
+    target: float | None = None,
+    budget: int | None = None,
 ) -> Measurement:
     """The curvature that mini-batch gradients meet, with H of the full data.
 
@@ -56,6 +56,8 @@ def interaction_trace(
             anyway.
         probes: random vectors v.
         k: eigenpairs of the control variate; default 10, at most P.
+        target: relative half-width of the 95% interval of tr(H S_1), reached by as many probes as it takes, at most
+            `budget` (512); see `curvlab.diagnostics.estimation.estimate`.
 
     Source: Lee 2022, eq. 4-5.
     """
@@ -68,7 +70,7 @@ def interaction_trace(
         floor = 16 * eps * float(g.norm() * Hg.norm())
         if share == 0.0:  # every batch is the data set
             return _checked(Measurement(full, floor=floor))
-        first = _interaction_of_examples(at, exact, probes, k)
+        first = _interaction_of_examples(at, exact, probes, k, target, budget)
         return _checked(first.scaled(share, plus=(1 - share) * full, floor=(1 - share) * floor))
 
     return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, trace_at)
@@ -82,6 +84,8 @@ def interaction_sharpness(
     exact: bool = False,
     probes: int | None = None,
     k: int | None = None,
+    target: float | None = None,
+    budget: int | None = None,
 ) -> Measurement:
     """Interaction-aware sharpness: the curvature along mini-batch gradients, never above λ_max(H).
 
@@ -92,7 +96,10 @@ def interaction_sharpness(
     """
 
     def ratio(b: int) -> Measurement:
-        return _over(interaction_trace(at, batch_size=b, exact=exact, probes=probes, k=k), second_moment(at, b))
+        return _over(
+            interaction_trace(at, batch_size=b, exact=exact, probes=probes, k=k, target=target, budget=budget),
+            second_moment(at, b),
+        )
 
     return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, ratio)
 
@@ -111,6 +118,8 @@ def instability(
     exact: bool = False,
     probes: int | None = None,
     k: int | None = None,
+    target: float | None = None,
+    budget: int | None = None,
 ) -> Measurement:
     """Above 2/lr the expected loss of a locally quadratic function increases with the next step of plain SGD.
 
@@ -122,7 +131,10 @@ def instability(
     """
 
     def ratio(b: int) -> Measurement:
-        return _over(interaction_trace(at, batch_size=b, exact=exact, probes=probes, k=k), second_moment_full(at))
+        return _over(
+            interaction_trace(at, batch_size=b, exact=exact, probes=probes, k=k, target=target, budget=budget),
+            second_moment_full(at),
+        )
 
     return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, ratio)
 
@@ -135,7 +147,13 @@ def instability(
     needs=["batch_size", "lr"],
 )
 def expected_loss_difference(
-    at: Snapshot, *, batch_size: BatchSizes = None, samples: int | None = None, k: int | None = None
+    at: Snapshot,
+    *,
+    batch_size: BatchSizes = None,
+    samples: int | None = None,
+    k: int | None = None,
+    target: float | None = None,
+    budget: int | None = None,
 ) -> Measurement:
     """What the next step of plain SGD does to the full loss on average, without a quadratic approximation.
 
@@ -147,6 +165,7 @@ def expected_loss_difference(
 
     Args:
         samples: batches; default 16 at a single point, 4 in a run.
+        target, budget: as for `interaction_trace`, in batches.
 
     Source: Lee 2022, eq. 3-6 and 9.
     """
@@ -159,18 +178,24 @@ def expected_loss_difference(
         )
         if share == 0.0:
             return _checked(Measurement(float(L.value(at.w - lr * at.gradient) - at.value), floor=floor))
-        count = samples if samples is not None else (16 if at.carry is None else 4)
         Q, values, dots = _control(at, k)
-        batches = _draw(L.size, b, count, at.replacement, at.generator(f"expected_loss_difference {b}"))
-        G = at.examples.combine(batches.to(L.device, L.dtype))
-        realised = torch.stack([L.value(at.w - lr * g) - at.value for g in G.T])
-        gradient, QG = at.gradient.double(), (Q.T @ G).double()
-        model = -lr * (gradient @ G.double()) + lr**2 / 2 * (values[:, None] * QG.square()).sum(0)
+        gradient, generator = at.gradient.double(), at.generator(f"expected_loss_difference {b}")
         second = share * dots.square().mean(0) + (1 - share) * (Q.T.double() @ gradient).square()
         expected = -lr * squared_norm(at) + lr**2 / 2 * float(values @ second)
         scale = lr * squared_norm(at) + lr**2 / 2 * float(values.abs() @ second)
-        residuals = (realised - model).tolist()
-        return _checked(_pooled(at, ("expected_loss_difference", b), residuals, expected, scale, floor))
+
+        def draw(count: int) -> list[float]:
+            batches = draw_batches(L.size, b, count, at.replacement, generator)
+            G = at.examples.combine(batches.to(L.device, L.dtype))
+            realised = torch.stack([L.value(at.w - lr * g) - at.value for g in G.T])
+            model = -lr * (gradient @ G.double()) + lr**2 / 2 * (values[:, None] * (Q.T @ G).double().square()).sum(0)
+            return (realised - model).tolist()
+
+        found = estimate(
+            at, ("expected_loss_difference", b), draw, probes=default_probes(at, samples, step=4), known=expected,
+            scale=scale, floor=floor, target=target, budget=budget,
+        )  # fmt: skip
+        return _checked(found)
 
     return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, difference)
 
@@ -180,15 +205,15 @@ def second_moment_full(at: Snapshot) -> Measurement:
     return Measurement(squared_norm(at))
 
 
-def _interaction_of_examples(at: Snapshot, exact: bool, probes: int | None, k: int | None) -> Measurement:
+def _interaction_of_examples(
+    at: Snapshot, exact: bool, probes: int | None, k: int | None, target: float | None, budget: int | None
+) -> Measurement:
     """tr(H S_1)."""
-    probes = probes if probes is not None else (16 if at.carry is None else 2)
-    if probes < 2:
-        raise ValueError(f"probes is {probes}; an error needs at least 2 (16 is a good number at a single point)")
+    probes = default_probes(at, probes)
     if exact or at.objective.size <= probes:
         return at.shared("interaction_of_examples", lambda: _exact(at))
-    key = ("interaction_of_examples", probes, k)
-    return at.shared(key, lambda: _estimated(at, probes, k))
+    key = ("interaction_of_examples", probes, k, target, budget)
+    return at.shared(key, lambda: _estimated(at, probes, k, target, budget))
 
 
 def _exact(at: Snapshot) -> Measurement:
@@ -206,32 +231,25 @@ def _exact(at: Snapshot) -> Measurement:
     return Measurement(total, floor=16 * torch.finfo(L.dtype).eps * size)
 
 
-def _estimated(at: Snapshot, probes: int, k: int | None) -> Measurement:
+def _estimated(at: Snapshot, probes: int, k: int | None, target: float | None, budget: int | None) -> Measurement:
     N = at.objective.size
     _, values, dots = _control(at, k)
     known = float(values @ dots.square().mean(0))
     scale = float(values.abs() @ dots.square().mean(0))
-    signs = rademacher((N, probes), at.gradient, generator=at.generator("interaction_trace"))
-    V = at.examples.combine(signs) / math.sqrt(N)
-    HV = at.hessian @ V
-    quadratic = (V * HV).sum(0, dtype=torch.float64)
-    predicted = values @ (dots.T @ signs.double()).square() / N
-    size = float((V.double().norm(dim=0) * HV.double().norm(dim=0)).max())
-    floor = 16 * torch.finfo(at.objective.dtype).eps * (size + scale)
-    return _pooled(at, ("interaction_trace", probes, k), (quadratic - predicted).tolist(), known, scale, floor)
+    generator = at.generator("interaction_trace")
+    floor = 16 * torch.finfo(at.objective.dtype).eps * scale
 
+    def draw(count: int) -> list[float]:
+        signs = rademacher((N, count), at.gradient, generator=generator)
+        V = at.examples.combine(signs) / math.sqrt(N)
+        quadratic = (V * (at.hessian @ V)).sum(0, dtype=torch.float64)
+        predicted = values @ (dots.T @ signs.double()).square() / N
+        return (quadratic - predicted).tolist()
 
-def _pooled(at: Snapshot, key: tuple, residuals: list[float], known: float, scale: float, floor: float) -> Measurement:
-    """known + mean of the residuals. In a run, their variance relative to `scale`² is pooled over the last steps."""
-    found = sample_mean(residuals, offset=known, floor=floor)
-    if at.carry is None or scale == 0.0:
-        return found
-    n = len(residuals)
-    history: list[float] = at.carry.setdefault(("variance", *key), [])
-    history.append(float(found.error) ** 2 * n / scale**2)
-    del history[:-WINDOW]
-    pooled = sum(history) / len(history)
-    return replace(found, error=scale * math.sqrt(pooled / n), df=float(len(history) * (n - 1)))
+    return estimate(
+        at, ("interaction_trace", probes, k), draw, probes=probes, known=known, scale=scale, floor=floor,
+        target=target, budget=budget,
+    )  # fmt: skip
 
 
 def _control(at: Snapshot, k: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,17 +280,6 @@ def _control_vectors(at: Snapshot, k: int) -> tuple[Tensor, Tensor]:
         state.update(Q=pairs.vectors, values=pairs.values, age=0)
     state["age"] += 1
     return state["Q"], state["values"]
-
-
-def _draw(n: int, b: int, count: int, replacement: bool, generator: torch.Generator) -> Tensor:
-    """Coefficients (n, count) of independent batches: column j holds how often each example is drawn, over b."""
-    coefficients = torch.zeros(n, count)
-    for j in range(count):
-        index = (
-            torch.randint(n, (b,), generator=generator) if replacement else torch.randperm(n, generator=generator)[:b]
-        )
-        coefficients[:, j] += torch.bincount(index, minlength=n) / b
-    return coefficients
 
 
 def _over(numerator: Measurement, denominator: Measurement) -> Measurement:

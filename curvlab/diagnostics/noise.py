@@ -1,15 +1,21 @@
-"""Moments of the mini-batch gradient: tr(S_b), Γ = tr(C_1), and the concentration ρ_b. All exact."""
+"""The distribution of the mini-batch gradient: its moments, concentration, and directions."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..measurement import Kind, Measurement, missing
 from ..operators import noise_share
 from ..snapshot import Snapshot
+from .estimation import default_probes
 from .registry import diagnostic
+from .tracking import subspace_error, top_eigenpairs
 from .values import exact
 
 BatchSizes = int | Sequence[int] | None
@@ -32,10 +38,176 @@ def gradient_second_moment_trace(at: Snapshot, *, batch_size: BatchSizes = None)
 def gradient_variance(at: Snapshot) -> Measurement:
     """Trace of the covariance of per-example gradients; E‖g_b - ∇L‖² is γ/b times this.
 
+    Where 1% of the examples carry more than half of it the note says so: over more data it may then not exist at all.
+
     Source: Smith et al. 2021 (arXiv 2101.12176), eq. 22 and 32.
     """
     total = mean_squared_norm(at)
-    return exact(total - squared_norm(at), at.objective, scale=total)
+    found = exact(total - squared_norm(at), at.objective, scale=total)
+    share, count = _top_share(at)
+    if at.objective.size >= 100 and share > 0.5:
+        found = replace(found, note=f"heavy tails: {count} examples (1%) carry {share:.0%} of it")
+    return found
+
+
+@diagnostic(
+    "top 1% of Γ", formula="share of Γ of the 1% of examples with the largest ‖g_i - ∇L‖²", kind="exact",
+    cost="2 gradients, shared",
+)  # fmt: skip
+def gradient_variance_top_share(at: Snapshot) -> Measurement:
+    """How much of Γ the largest 1% of the examples carry, at least one: near 0.01 for light tails, 1 for the heaviest."""
+    share, _ = _top_share(at)
+    return missing("all per-example gradients are equal") if share != share else Measurement(share)
+
+
+@diagnostic("tr(C_1)/‖∇L‖²", formula="Γ/‖∇L‖²", kind="exact", cost="1 gradient, shared")
+def gradient_noise_scale(at: Snapshot) -> Measurement:
+    """The simple noise scale, a batch size: from there on larger batches bring little.
+
+    Source: McCandlish et al. 2018 (arXiv 1812.06162), eq. 2.9.
+    """
+    full, total = squared_norm(at), mean_squared_norm(at)
+    if full == 0.0:
+        return missing("the gradient is zero, so the ratio does not exist")
+    return exact((total - full) / full, at.objective, scale=total / full)
+
+
+@diagnostic(
+    "mean cos(g_i, g_j)", formula="mean cosine between the gradients of two different examples", kind="exact",
+    cost="1 gradient, shared",
+)  # fmt: skip
+def example_gradient_cosine(at: Snapshot) -> Measurement:
+    """Mean cosine over all pairs of different examples: (‖Σ ĝ_i‖² - N)/(N(N-1)), ĝ_i = g_i/‖g_i‖, without any sampling."""
+    norms, N = at.examples.squared_norms().sqrt(), at.objective.size
+    if N < 2 or not bool((norms > 0).all()):
+        return missing("needs two examples, none with a zero gradient")
+    total = at.examples.combine((1 / norms).to(at.objective.dtype)[:, None])
+    return exact((float(total.double().square().sum()) - N) / (N * (N - 1)), at.objective, scale=1.0)
+
+
+@diagnostic(
+    "R̄_b²", formula="‖E[g_b/‖g_b‖]‖²", kind="sem", cost="16 sums over examples; 4 in a run", needs=["batch_size"]
+)
+def mean_resultant_length(at: Snapshot, *, batch_size: BatchSizes = None, samples: int | None = None) -> Measurement:
+    """Squared mean resultant length of the directions of mini-batch gradients; compare with ρ_b.
+
+    From m independent batches as the mean cosine of different pairs, (‖Σ ĝ‖² - m)/(m(m-1)), which has no bias; the plain
+    squared mean has one of about (1 - R̄²)/m. The error is that of the jackknife over batches, with m - 1 degrees of freedom.
+
+    Source: Lee 2022, sec. 5.1; Mardia and Jupp 2000.
+    """
+
+    def length(b: int) -> Measurement:
+        G = _batch_gradients(at, b, default_probes(at, samples, step=4))
+        norms = G.norm(dim=0)
+        if not bool((norms > 0).all()):
+            return missing("the gradient of a batch is zero")
+        m = G.shape[1]
+        if m == 1:
+            return Measurement(1.0)
+        cosines = (G / norms).T @ (G / norms)
+        rows = cosines.sum(1) - 1
+        value = float(rows.sum()) / (m * (m - 1))
+        if m == 2:
+            return missing("an error needs at least 3 batches: pass samples=16")
+        without = (rows.sum() - 2 * rows) / ((m - 1) * (m - 2))
+        error = math.sqrt((m - 1) / m * float((without - without.mean()).square().sum()))
+        return Measurement(value, error, "sem", df=m - 1, floor=16 * torch.finfo(at.objective.dtype).eps)
+
+    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, length)
+
+
+@diagnostic(
+    "std‖g_b‖/E‖g_b‖", formula="coefficient of variation of the batch gradient's norm", kind="sem",
+    cost="16 sums over examples; 4 in a run", needs=["batch_size"],
+)  # fmt: skip
+def batch_gradient_norm_variation(
+    at: Snapshot, *, batch_size: BatchSizes = None, samples: int | None = None
+) -> Measurement:
+    """Spread of ‖g_b‖ over batches; where it is small R̄_b² and ρ_b agree. For b = 1 exact over all examples.
+
+    From m independent batches, with the jackknife's bias correction and error.
+
+    Source: Lee 2022, sec. 5.1.
+    """
+
+    def ratio(x: Tensor) -> float:
+        return float(x.std(correction=1) / x.mean())
+
+    def variation(b: int) -> Measurement:
+        if b == 1:
+            norms = at.examples.squared_norms().sqrt()
+            return exact(float(norms.std(correction=0) / norms.mean()), at.objective)
+        norms = _batch_gradients(at, b, default_probes(at, samples, step=4)).norm(dim=0)
+        m = len(norms)
+        if m == 1:
+            return Measurement(0.0)
+        if m == 2:
+            return missing("an error needs at least 3 batches: pass samples=16")
+        keep = ~torch.eye(m, dtype=torch.bool)
+        without = torch.tensor([ratio(norms[row.to(norms.device)]) for row in keep], dtype=torch.float64)
+        value = m * ratio(norms) - (m - 1) * float(without.mean())
+        error = math.sqrt((m - 1) / m * float((without - without.mean()).square().sum()))
+        return Measurement(value, error, "sem", df=m - 1, floor=16 * torch.finfo(at.objective.dtype).eps)
+
+    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, variation)
+
+
+@diagnostic(
+    "tr(Q_kᵀ S_b Q_k)/tr(S_b)", formula="share of batch gradients in the span of the k top eigenvectors of H",
+    kind="bound", cost="products for k+1 eigenpairs and k products g_i·q", needs=["batch_size"],
+)  # fmt: skip
+def batch_gradient_top_share(
+    at: Snapshot, *, batch_size: BatchSizes = None, k: int = 5, tol: float = 1e-3
+) -> Measurement:
+    """Expected squared length of g_b in the top-k eigenspace of the Hessian over E‖g_b‖², 0 to 1.
+
+    Exact over batches; `error` bounds what the error of the eigenspace does to it (see `gradient_top_share`).
+
+    Source: Lee 2022, sec. 5.1; Gur-Ari et al. 2018 (arXiv 1812.04754).
+    """
+    pairs = top_eigenpairs(at, k + 1, tol)
+    Q = pairs.vectors[:, :k]
+    each = float(at.examples.dot(Q).double().square().sum(1).mean())
+    full = float((Q.T.double() @ at.gradient.double()).square().sum())
+
+    def share(b: int) -> Measurement:
+        noise, total = noise_share(at.objective.size, b, at.replacement), second_moment(at, b).value
+        if not total:
+            return missing("the gradient of every batch is zero")
+        value = (noise * each + (1 - noise) * full) / float(total)
+        floor = 16 * torch.finfo(at.objective.dtype).eps
+        return Measurement(value, subspace_error(pairs, k), "bound", floor=floor)
+
+    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, share)
+
+
+@diagnostic(
+    "E|∂ℓ/∂z_c|", formula="mean absolute gradient of the loss in each output", kind="exact", cost="1 forward pass"
+)
+def loss_output_gradient(at: Snapshot) -> Measurement:
+    """Mean over examples of |∂ℓ/∂z_c| for each output c, over an axis "output".
+
+    What reaches the outputs of the model from the loss; its collapse explains why penalties on Jacobians of the outputs
+    differ from penalties on gradients of the loss.
+
+    Source: Novack et al. 2022 (arXiv 2211.15853), eq. 2 and 5.
+    """
+    L, parts = at.objective, []
+    with L.measuring():
+        params = [p.detach() for p in L.leaves_at(at.w)]
+        for chunk in L.chunks():
+            try:
+                z = L.outputs(params, chunk).detach().requires_grad_()
+            except TypeError:  # a batch_loss calls the model itself
+                return missing("the loss calls the model itself, so its outputs are unknown")
+            losses = L.loss(z, chunk.batch[1])  # type: ignore[operator]
+            (dz,) = torch.autograd.grad(losses.sum() if chunk.weights is None else losses @ chunk.weights, z)
+            parts.append(dz.double().abs().reshape(len(dz), -1).sum(0))
+    values = (torch.stack(parts).sum(0) / L.size).cpu().numpy()
+    zero = np.zeros(len(values))
+    floor = 16 * torch.finfo(L.dtype).eps * values
+    return Measurement(values, zero, "exact", zero + np.inf, floor, axis=("output", tuple(range(len(values)))))
 
 
 @diagnostic("ρ_b", formula="‖∇L‖² / tr(S_b)", kind="exact", cost="1 gradient, shared", needs=["batch_size"])
@@ -52,6 +224,44 @@ def gradient_concentration(at: Snapshot, *, batch_size: BatchSizes = None) -> Me
         )
 
     return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, rho)
+
+
+def draw_batches(n: int, b: int, count: int, replacement: bool, generator: torch.Generator) -> Tensor:
+    """Coefficients (n, count) of independent batches: column j holds how often each example is drawn, over b."""
+    coefficients = torch.zeros(n, count)
+    for j in range(count):
+        index = (
+            torch.randint(n, (b,), generator=generator) if replacement else torch.randperm(n, generator=generator)[:b]
+        )
+        coefficients[:, j] += torch.bincount(index, minlength=n) / b
+    return coefficients
+
+
+def _batch_gradients(at: Snapshot, b: int, count: int) -> Tensor:
+    """Gradients of independent batches, (P, count) float64; one where every batch is the data set."""
+
+    def draw() -> Tensor:
+        L = at.objective
+        if noise_share(L.size, b, at.replacement) == 0.0:
+            return at.gradient[:, None].double()
+        batches = draw_batches(L.size, b, count, at.replacement, at.generator(f"batch gradients {b}"))
+        return at.examples.combine(batches.to(L.device, L.dtype)).double()
+
+    return at.shared(("batch_gradients", b, count), draw)
+
+
+def _top_share(at: Snapshot) -> tuple[float, int]:
+    """Share of Γ of the 1% of the examples (at least one) that carry most of it, and how many those are."""
+
+    def compute() -> tuple[float, int]:
+        g = at.gradient
+        along = at.examples.dot(g[:, None])[:, 0].double()
+        distances = (at.examples.squared_norms() - 2 * along + squared_norm(at)).clamp(min=0)
+        count = max(1, round(len(distances) / 100))
+        total = float(distances.sum())
+        return float(distances.topk(count).values.sum()) / total if total > 0 else math.nan, count
+
+    return at.shared("variance_top_share", compute)
 
 
 def squared_norm(at: Snapshot) -> float:

@@ -19,6 +19,7 @@ NEEDS = {
     "lr": "pass lr=0.1, the learning rate of the step",
     "test": "pass test=Objective(model, loss, held_out_data)",
     "batch_gradient": "it exists while training: measure it with train()",
+    "preconditioner": "it belongs to Adam, AdamW or RMSprop: measure it while train() uses one of them",
 }
 
 
@@ -50,7 +51,7 @@ def diagnostic(
         formula: one line of plain text.
         kind: "exact", "bound" or "sem"; for the documentation, the result states its own.
         cost: in gradients of the data and products with the Hessian.
-        needs: what a snapshot must have: "batch_size", "lr", "test", "batch_gradient".
+        needs: what a snapshot must have: "batch_size", "lr", "test", "batch_gradient", "preconditioner".
 
     Raises:
         ValueError: a name that is taken, or an unknown need.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..linalg import Eigenpairs, eigsh
 from ..measurement import Measurement, missing
+from ..operators import ggn
 from ..snapshot import Snapshot
 from .registry import diagnostic
-
-RANDOM_EVERY = 16
+from .tracking import largest, remarked, subspace_error, top_eigenpairs, tracked_eigenpairs
 
 
 @diagnostic("‖H‖", formula="λ_max(H), algebraically largest", kind="bound", cost="7-17 products, 2-5 when tracked")
@@ -25,9 +24,7 @@ def sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     Source: Cohen et al. 2021 (arXiv 2103.00065); compare with 2/lr for full-batch gradient descent.
     """
     pairs = top_eigenpairs(at, 1, tol)
-    return _with_remarks(
-        Measurement(float(pairs.values[0]), float(pairs.residuals[0]), "bound", floor=pairs.floor), pairs
-    )
+    return largest(pairs)
 
 
 @diagnostic(
@@ -39,7 +36,7 @@ def sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
 def hessian_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measurement:
     """The k largest eigenvalues of the Hessian, descending, each with its residual as `error` (see `sharpness`).
 
-    The eigenvectors stay on the snapshot: ``curvlab.diagnostics.spectrum.top_eigenpairs(at, k, tol).vectors``.
+    The eigenvectors stay on the snapshot: ``curvlab.diagnostics.tracking.top_eigenpairs(at, k, tol).vectors``.
 
     Raises:
         ValueError: k outside 1..P.
@@ -52,7 +49,7 @@ def hessian_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measu
         floor=np.full(k, pairs.floor),
         axis=("index", tuple(range(1, k + 1))),
     )
-    return _with_remarks(found, pairs)
+    return remarked(found, pairs)
 
 
 @diagnostic("|cos(q_1, ∇L)|", formula="|q_1ᵀ∇L| / ‖∇L‖", kind="bound", cost="products for 2 eigenpairs")
@@ -68,7 +65,7 @@ def gradient_alignment(at: Snapshot, *, tol: float = 1e-3) -> Measurement:
         return missing("needs two parameters: with one the cosine is 1 by definition")
     pairs, g = top_eigenpairs(at, 2, tol), at.gradient
     cosine = abs(float(pairs.vectors[:, 0].double() @ g.double())) / float(g.double().norm())
-    error = min(1.0, 2**0.5 * _subspace_error(pairs, 1))
+    error = min(1.0, 2**0.5 * subspace_error(pairs, 1))
     return _finite(Measurement(cosine, error, "bound", floor=16 * torch.finfo(at.objective.dtype).eps))
 
 
@@ -90,51 +87,29 @@ def gradient_top_share(at: Snapshot, *, k: int = 5, tol: float = 1e-3) -> Measur
     """
     pairs, g = top_eigenpairs(at, k + 1, tol), at.gradient.double()
     share = float((pairs.vectors[:, :k].double().T @ g).square().sum() / g.square().sum())
-    error = min(1.0, _subspace_error(pairs, k))
+    error = subspace_error(pairs, k)
     return _finite(Measurement(share, error, "bound", floor=16 * torch.finfo(at.objective.dtype).eps))
 
 
-def top_eigenpairs(at: Snapshot, k: int, tol: float) -> Eigenpairs:
-    """The k top eigenpairs of the Hessian at a snapshot, warm-started from the previous snapshot of the run."""
-    return at.shared(("eigenpairs", k, tol), lambda: _solve(at, k, tol))
+@diagnostic(
+    "λ_i(NTK)", formula="k largest eigenvalues of (1/N) J Jᵀ, J the Jacobian of all outputs", kind="bound",
+    cost="7-17 products with the GGN for k=1",
+)  # fmt: skip
+def ntk_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measurement:
+    """The largest eigenvalues of the neural tangent kernel over N, over an axis "index"; those of the GGN for squared error.
 
+    By Lanczos on (1/N) Σ J_iᵀ J_i, which has the same non-zero eigenvalues; `error` is the residual.
 
-def _solve(at: Snapshot, k: int, tol: float) -> Eigenpairs:
-    key = ("eigenpairs", k, tol)
-    carry = {} if at.carry is None else at.carry
-    last, count = carry.get(key, (None, 0))
-    start, fresh = None, 1
-    if last is not None:
-        start = torch.cat([last, at.gradient[:, None]], 1)
-        fresh = 1 if count % RANDOM_EVERY == 0 else 0
-    pairs = eigsh(
-        at.hessian,
-        k,
-        tol=tol,
-        start=start,
-        random_columns=fresh,
-        generator=at.generator(f"eigenpairs {k} {tol}"),
-    )
-    carry[key] = (pairs.vectors, count + 1)
-    return pairs
-
-
-def _with_remarks(found: Measurement, pairs: Eigenpairs) -> Measurement:
-    remarks = []
-    low, high = pairs.extremes
-    if -low > high:
-        remarks.append(f"the smallest eigenvalue is at most {low:.4g} and larger in magnitude")
-    if not pairs.converged:
-        remarks.append(f"not converged after {pairs.matvecs} products")
-    note = "; ".join(remarks) or None
-    return Measurement(found.value, found.error, found.kind, floor=found.floor, axis=found.axis, note=note)
-
-
-def _subspace_error(pairs: Eigenpairs, k: int) -> float:
-    """Bound on the sine of the angle to the true top-k eigenspace, by the gap below it."""
-    gap = float(pairs.values[k - 1] - pairs.values[k] - pairs.residuals[k])
-    residual = float(pairs.residuals[:k].norm()) + pairs.floor
-    return residual / gap if gap > 0 else 1.0
+    Source: Jacot et al. 2018 (arXiv 1806.07572).
+    """
+    try:
+        A = at.shared("ntk", lambda: ggn(at.objective, at.w, output_hessian="identity"))
+    except TypeError as error:
+        return missing(str(error))
+    pairs = tracked_eigenpairs(at, "ntk", A, k, tol)
+    values, errors = pairs.values.cpu().numpy(), pairs.residuals.cpu().numpy()
+    axis = ("index", tuple(range(1, k + 1)))
+    return remarked(Measurement(values, errors, "bound", floor=np.full(k, pairs.floor), axis=axis), pairs)
 
 
 def _finite(found: Measurement) -> Measurement:

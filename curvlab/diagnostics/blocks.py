@@ -1,0 +1,102 @@
+"""The same quantities layer by layer: diagonal blocks of the Hessian, norms of gradients and parameters."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..linalg import LinearOperator
+from ..linalg.probes import rademacher
+from ..measurement import Measurement
+from ..snapshot import Snapshot
+from .estimation import default_probes
+from .registry import diagnostic
+from .tracking import tracked_eigenpairs
+
+
+@diagnostic(
+    "‖H_l‖", formula="largest eigenvalue of each layer's diagonal block of H", kind="bound",
+    cost="7-17 products a layer, 2-5 when tracked",
+)  # fmt: skip
+def layer_sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
+    """Sharpness with all other layers held fixed, over an axis "layer"; never above the sharpness of the whole.
+
+    A layer is a module with trainable parameters of its own; tied parameters belong to the first. `error` is the residual.
+    """
+    values, errors, floors = [], [], []
+    for name, place in layers(at).items():
+        pairs = tracked_eigenpairs(at, f"layer {name}", _block(at, place), 1, tol)
+        values.append(float(pairs.values[0]))
+        errors.append(float(pairs.residuals[0]))
+        floors.append(pairs.floor)
+    return _by_layer(at, values, "bound", errors, floors=floors)
+
+
+@diagnostic(
+    "tr(H_l)",
+    formula="trace of each layer's diagonal block of H",
+    kind="sem",
+    cost="16 products for all layers, 2 in a run",
+)
+def layer_hessian_trace(at: Snapshot, *, probes: int | None = None) -> Measurement:
+    """Traces of the diagonal blocks of the Hessian, over an axis "layer"; they sum to tr(H).
+
+    Hutchinson's estimator with one set of random signs for all layers: Σ_{j in l} z_j (Hz)_j, one product a probe.
+    """
+    m = default_probes(at, probes)
+    Z = rademacher((at.objective.num_params, m), at.gradient, generator=at.generator("layer_hessian_trace"))
+    terms = (Z * (at.hessian @ Z)).double()
+    samples = torch.stack([terms[place].sum(0) for place in layers(at).values()])
+    errors = (samples.std(1, correction=1) / m**0.5).tolist()
+    floors = (16 * torch.finfo(at.objective.dtype).eps * samples.abs().amax(1)).tolist()
+    return _by_layer(at, samples.mean(1).tolist(), "sem", errors, df=m - 1, floors=floors)
+
+
+@diagnostic("‖∇_l L‖", formula="norm of the full gradient in each layer", kind="exact", cost="1 gradient, shared")
+def layer_gradient_norm(at: Snapshot) -> Measurement:
+    """Norms of the gradient by layer, over an axis "layer"; their squares sum to ‖∇L‖²."""
+    return _norms(at, at.gradient)
+
+
+@diagnostic("‖w_l‖", formula="norm of the parameters of each layer", kind="exact", cost="none")
+def layer_parameter_norm(at: Snapshot) -> Measurement:
+    """Norms of the parameters by layer, over an axis "layer"."""
+    return _norms(at, at.w)
+
+
+def layers(at: Snapshot) -> dict[str, Tensor]:
+    """The places of each layer's parameters in the flat vector, by the name of the layer."""
+    L = at.objective
+    found: dict[str, list[Tensor]] = {}
+    end = 0
+    for name, size in zip(L.names, L.sizes, strict=True):
+        layer = name.rpartition(".")[0] or name
+        found.setdefault(layer, []).append(torch.arange(end, end + size, device=L.device))
+        end += size
+    return {name: torch.cat(places) for name, places in found.items()}
+
+
+def _block(at: Snapshot, place: Tensor) -> LinearOperator:
+    def matmat(V: Tensor) -> Tensor:
+        whole = torch.zeros(at.objective.num_params, V.shape[1], dtype=V.dtype, device=V.device)
+        whole[place] = V
+        return (at.hessian @ whole)[place]
+
+    return LinearOperator(matmat, len(place), at.objective.dtype, at.objective.device, "a block of the Hessian")
+
+
+def _norms(at: Snapshot, v: Tensor) -> Measurement:
+    values = [float(v[place].double().norm()) for place in layers(at).values()]
+    if not np.isfinite(values).all():
+        raise FloatingPointError("not finite: the parameters have diverged")
+    eps = torch.finfo(at.objective.dtype).eps
+    return _by_layer(at, values, "exact", [0.0] * len(values), floors=[16 * eps * x for x in values])
+
+
+def _by_layer(
+    at: Snapshot, values: list[float], kind: str, errors: list[float], *, df: float = np.inf, floors: list[float]
+) -> Measurement:
+    axis = ("layer", tuple(layers(at)))
+    full = np.full(len(values), df)
+    return Measurement(np.array(values), np.array(errors), kind, full, np.array(floors), axis=axis)  # type: ignore[arg-type]

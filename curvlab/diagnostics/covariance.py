@@ -1,0 +1,115 @@
+"""The covariance C_1 of per-example gradients beyond its trace: eigenvalues, rank, and how it lies to the Hessian."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..linalg import Eigenpairs
+from ..linalg.probes import rademacher
+from ..measurement import Measurement, missing
+from ..operators import gradient_covariance
+from ..snapshot import Snapshot
+from .estimation import default_probes
+from .noise import mean_squared_norm, squared_norm
+from .registry import diagnostic
+from .tracking import remarked, subspace_error, top_eigenpairs, tracked_eigenpairs
+
+GRAM_LIMIT = 2048  # examples up to which the N x N Gram matrix is formed
+
+
+@diagnostic(
+    "λ_i(C_1)", formula="k largest eigenvalues of the covariance of per-example gradients", kind="bound",
+    cost="the N x N Gram matrix for N up to 2048, exact; otherwise 2 gradients a product",
+)  # fmt: skip
+def gradient_covariance_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measurement:
+    """The k largest eigenvalues of C_1, descending, over an axis "index".
+
+    For N up to 2048 from the centred Gram matrix g_i·g_j/N, whose non-zero eigenvalues are those of C_1: exact to
+    rounding. Otherwise by Lanczos on products with C_1, each with its residual as `error`, tracked from step to step.
+
+    Raises:
+        ValueError: k outside 1..min(N, P).
+    """
+    L = at.objective
+    if not 1 <= k <= min(L.size, L.num_params):
+        raise ValueError(f"k is {k}; expected 1 to {min(L.size, L.num_params)}, the largest rank that C_1 can have")
+    axis = ("index", tuple(range(1, k + 1)))
+    if L.size <= GRAM_LIMIT:
+        values, scale = _gram_eigenvalues(at)
+        floor = np.full(k, 16 * torch.finfo(L.dtype).eps * scale)
+        return Measurement(values[:k].cpu().numpy(), np.zeros(k), "exact", np.full(k, np.inf), floor, axis=axis)
+    pairs = _covariance_eigenpairs(at, k, tol)
+    found, errors = pairs.values.cpu().numpy(), pairs.residuals.cpu().numpy()
+    return remarked(Measurement(found, errors, "bound", floor=np.full(k, pairs.floor), axis=axis), pairs)
+
+
+@diagnostic(
+    "tr(C_1)²/tr(C_1²)", formula="effective rank of the covariance of per-example gradients", kind="sem",
+    cost="the Gram matrix for N up to 2048, exact; otherwise 16 products with C_1",
+)  # fmt: skip
+def gradient_covariance_effective_rank(at: Snapshot, *, probes: int | None = None) -> Measurement:
+    """Participation ratio of the eigenvalues of C_1, from 1 to min(N - 1, P): how many directions gradient noise has.
+
+    For N up to 2048 exact from the Gram matrix. Otherwise tr(C_1²) = E‖C_1 z‖² over random signs z; the error is that of the
+    denominator to first order.
+    """
+    L = at.objective
+    if L.size <= GRAM_LIMIT:
+        values, scale = _gram_eigenvalues(at)
+        total, squares = float(values.sum()), float(values.square().sum())
+        if squares == 0.0:
+            return missing("all per-example gradients are equal")
+        return Measurement(total**2 / squares, floor=64 * torch.finfo(L.dtype).eps * total**2 * scale / squares / total)
+    m = default_probes(at, probes)
+    C = gradient_covariance(L, at.w, batch_size=1, examples=at.examples)
+    Z = rademacher((L.num_params, m), at.gradient, generator=at.generator("effective_rank"))
+    samples = (C @ Z).double().square().sum(0)
+    mean, total = float(samples.mean()), mean_squared_norm(at) - squared_norm(at)
+    relative = float(samples.std(correction=1)) / math.sqrt(m) / mean
+    value = total**2 / mean
+    return Measurement(value, value * relative, "sem", df=m - 1, floor=64 * torch.finfo(L.dtype).eps * value)
+
+
+@diagnostic(
+    "‖Q_HᵀQ_C‖_F²/k", formula="overlap of the k top eigenvectors of H with those of C_1", kind="bound",
+    cost="products for k+1 eigenpairs of both",
+)  # fmt: skip
+def covariance_overlap(at: Snapshot, *, k: int = 5, tol: float = 1e-3) -> Measurement:
+    """How far the top eigenspaces of the Hessian and of the gradient covariance are the same, 0 to 1.
+
+    `error` adds twice the bounds on the sines of the angles between computed and true eigenspaces (Davis and Kahan).
+
+    Raises:
+        ValueError: k + 1 above min(N, P).
+
+    Source: Lee 2022, sec. 5.1.
+    """
+    L = at.objective
+    if not 1 <= k < min(L.size, L.num_params):
+        raise ValueError(f"k is {k}; expected 1 to {min(L.size, L.num_params) - 1}")
+    H, C = top_eigenpairs(at, k + 1, tol), _covariance_eigenpairs(at, k + 1, tol)
+    overlap = float((H.vectors[:, :k].double().T @ C.vectors[:, :k].double()).square().sum()) / k
+    error = min(1.0, 2 * (subspace_error(H, k) + subspace_error(C, k)))
+    return Measurement(overlap, error, "bound", floor=16 * torch.finfo(L.dtype).eps)
+
+
+def _covariance_eigenpairs(at: Snapshot, k: int, tol: float) -> Eigenpairs:
+    C = gradient_covariance(at.objective, at.w, batch_size=1, examples=at.examples)
+    return tracked_eigenpairs(at, "covariance", C, k, tol)
+
+
+def _gram_eigenvalues(at: Snapshot) -> tuple[Tensor, float]:
+    """Eigenvalues of the centred Gram matrix over N, descending, and the scale of its rounding."""
+
+    def compute() -> tuple[Tensor, float]:
+        K = at.examples.gram().double() / at.objective.size
+        scale = float(K.diagonal().sum())
+        K = K - K.mean(0, keepdim=True)
+        K = K - K.mean(1, keepdim=True)
+        return torch.linalg.eigvalsh((K + K.T) / 2).flip(0).clamp(min=0), scale
+
+    return at.shared("gram_eigenvalues", compute)

@@ -1,0 +1,296 @@
+"""Sharpness as the optimizer meets it: preconditioned, of its own batches, along its own steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..hvp import HessianProducts
+from ..linalg import LinearOperator, eigsh
+from ..measurement import Measurement, missing
+from ..operators import hessian, noise_share
+from ..snapshot import Snapshot
+from .estimation import default_probes, estimate
+from .noise import BatchSizes, over_batch_sizes, second_moment
+from .registry import diagnostic
+from .tracking import largest, subspace_error, top_eigenpairs, tracked_eigenpairs
+from .values import exact
+
+ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25)
+
+
+@diagnostic(
+    "λ_max(P^{-1/2} H P^{-1/2})",
+    formula="largest eigenvalue of the preconditioned Hessian",
+    kind="bound",
+    cost="7-17 products, 2-5 when tracked",
+    needs=["preconditioner"],
+)
+def preconditioned_sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
+    """The sharpness that Adam, AdamW or RMSprop meets; compare with `curvlab.optimizers.stability_threshold`.
+
+    P is the diagonal that the step is about to divide by, read from the optimizer's state, with its bias correction and ε.
+    P^{-1/2} H P^{-1/2} has the eigenvalues of P^{-1} H and is symmetric. `error` is the residual, as for `sharpness`.
+
+    Source: Cohen et al. 2022 (arXiv 2207.14484), eq. 2; the threshold is 38/lr for Adam at β₁ = 0.9.
+    """
+    if at.preconditioner is None:
+        return missing("the preconditioner of amsgrad and centered variants is not known here")
+    root = at.preconditioner.rsqrt()[:, None]
+    H = at.hessian
+    A = LinearOperator(lambda V: root * H.matmat(root * V), H.size, H.dtype, H.device, "the preconditioned Hessian")
+    return largest(tracked_eigenpairs(at, "preconditioned", A, 1, tol, hint=at.gradient * root[:, 0]))
+
+
+@diagnostic(
+    "E[g_bᵀ H_b g_b/‖g_b‖²]",
+    formula="mean over batches of the curvature of the batch's own loss along its gradient",
+    kind="sem",
+    cost="16 batches, each 1 gradient and 1 product of b examples; 4 in a run",
+    needs=["batch_size"],
+)
+def batch_sharpness(
+    at: Snapshot,
+    *,
+    batch_size: BatchSizes = None,
+    samples: int | None = None,
+    target: float | None = None,
+    budget: int | None = None,
+) -> Measurement:
+    """Batch sharpness, with the mini-batch's own Hessian H_b: a mean of ratios.
+
+    Not ‖H‖_{S_b}, whose H is that of all data: the batch's own Hessian overstates tr(H S_b) by 38-90% on a small net.
+
+    Source: Andreyev and Beneventano 2024 (arXiv 2412.20553).
+    """
+    return _over_batches(at, batch_size, samples, target, budget, lambda curvature, norm, b: curvature / norm)
+
+
+@diagnostic(
+    "E[g_bᵀ H_b g_b]/E‖g_b‖²",
+    formula="ratio of means of the same, with tr(S_b) below",
+    kind="sem",
+    cost="as batch_sharpness, shared, and 1 gradient",
+    needs=["batch_size"],
+)
+def batch_sharpness_of_means(
+    at: Snapshot,
+    *,
+    batch_size: BatchSizes = None,
+    samples: int | None = None,
+    target: float | None = None,
+    budget: int | None = None,
+) -> Measurement:
+    """Batch sharpness as a ratio of means; the denominator tr(S_b) is exact, so there is no bias of a ratio.
+
+    Source: Andreyev and Beneventano 2024 (arXiv 2412.20553).
+    """
+
+    def over_second_moment(curvature: Tensor, norm: Tensor, b: int) -> Tensor:
+        return curvature / float(second_moment(at, b).value)  # type: ignore[arg-type]
+
+    return _over_batches(at, batch_size, samples, target, budget, over_second_moment)
+
+
+@diagnostic(
+    "2(ΔL - g·Δw)/‖Δw‖²",
+    formula="curvature that the loss showed along the last step",
+    kind="exact",
+    cost="none",
+)
+def secant_sharpness(at: Snapshot) -> Measurement:
+    """Curvature along the displacement since the last measured step, from losses and gradients alone.
+
+    With Δw = w_t - w_s, s the last measured step: 2(L(w_t) - L(w_s) - ∇L(w_s)·Δw)/‖Δw‖², the average of Δwᵀ H Δw/‖Δw‖² along
+    the way. It sees the kinks of relu networks, which the Hessian does not. For one step of gradient descent this is
+    2(ΔL + lr ‖g‖²)/(lr² ‖g‖²). The floor is the rounding of the difference of losses.
+    """
+    if at.carry is None:
+        return missing("needs two points: measure it in train()")
+    last = at.carry.get("secant")
+    here = (at.w, float(at.value), at.gradient)
+    at.carry["secant"] = here
+    if last is None:
+        return missing("there is no earlier measured step")
+    w, value, gradient = last
+    step = (at.w - w).double()
+    length = float(step.square().sum())
+    if length == 0.0:
+        return missing("the parameters have not moved since the last measured step")
+    linear = float(gradient.double() @ step)
+    found = 2 * (here[1] - value - linear) / length
+    eps = torch.finfo(at.objective.dtype).eps
+    rounding = 2 * eps * (abs(here[1]) + abs(value) + abs(linear)) / length
+    return Measurement(found, floor=16 * rounding)
+
+
+@diagnostic(
+    "cos(∇L_t, ∇L_{t+1})", formula="cosine of the full gradients of consecutive steps", kind="exact", cost="none"
+)
+def gradient_cosine(at: Snapshot) -> Measurement:
+    """Cosine between the full gradient at this step and at the one before; negative at the edge of stability.
+
+    Source: Lee 2022, sec. 5.2.
+    """
+    return _cosine_to_last(at, "gradient_cosine", at.gradient)
+
+
+@diagnostic(
+    "cos(g_b, g_b')",
+    formula="cosine of the batch gradients of consecutive steps",
+    kind="exact",
+    cost="none",
+    needs=["batch_gradient"],
+)
+def batch_gradient_cosine(at: Snapshot) -> Measurement:
+    """Cosine between the gradient about to be used and the one used at the step before.
+
+    Source: Lee 2022, sec. 5.2.
+    """
+    assert at.batch_gradient is not None
+    return _cosine_to_last(at, "batch_gradient_cosine", at.batch_gradient)
+
+
+@diagnostic(
+    "‖H_α‖_{S_n}",
+    formula="gᵀ H(w - α lr g) g/‖g‖², g = ∇L(w)",
+    kind="exact",
+    cost="1 gradient and 1 product for each α",
+    needs=["lr"],
+)
+def directional_sharpness(at: Snapshot, *, alphas: Sequence[float] = ALPHAS) -> Measurement:
+    """Curvature in the direction of the gradient at w, met further along it: over an axis "alpha", with S_n fixed at w.
+
+    Above `interaction_sharpness` at w the valley gets sharper across, below it flatter (asymmetric valleys).
+
+    Source: Lee 2022, fig. 3 left.
+    """
+    g = at.gradient.double()
+    values = []
+    for alpha in alphas:
+        Hg = _hessian_along(at, alpha) @ at.gradient
+        values.append(float(g @ Hg.double() / g.square().sum()))
+    return _curve(at, values, alphas)
+
+
+@diagnostic(
+    "cos(q_1(H_α), q_1(H))",
+    formula="absolute cosine of the top eigenvectors here and along the step",
+    kind="bound",
+    cost="7-17 products for each α",
+    needs=["lr"],
+)
+def directional_alignment(at: Snapshot, *, alphas: Sequence[float] = ALPHAS, tol: float = 1e-3) -> Measurement:
+    """How far the top eigenvector turns along the step: |q_1(H(w - α lr g))·q_1(H(w))|, over an axis "alpha".
+
+    `error` adds the bounds √2 r/gap for both eigenvectors.
+
+    Source: Lee 2022, sec. 4.2 and fig. 3.
+    """
+    if at.objective.num_params < 2:
+        return missing("needs two parameters")
+    here = top_eigenpairs(at, 2, tol)
+    values, errors = [], []
+    for alpha in alphas:
+        there = eigsh(
+            _hessian_along(at, alpha), 2, tol=tol, start=here.vectors, generator=at.generator(f"alpha {alpha}")
+        )
+        values.append(abs(float(there.vectors[:, 0].double() @ here.vectors[:, 0].double())))
+        errors.append(min(1.0, 2**0.5 * (subspace_error(here, 1) + subspace_error(there, 1))))
+    floor = np.full(len(values), 16 * torch.finfo(at.objective.dtype).eps)
+    return Measurement(np.array(values), np.array(errors), "bound", floor=floor, axis=("alpha", tuple(alphas)))
+
+
+@diagnostic(
+    "L(w - α lr g)",
+    formula="loss along the full-gradient step",
+    kind="exact",
+    cost="1 forward pass for each α",
+    needs=["lr"],
+)
+def loss_along_step(at: Snapshot, *, alphas: Sequence[float] = ALPHAS) -> Measurement:
+    """The training loss along the step of plain gradient descent, over an axis "alpha".
+
+    Source: Lee 2022, fig. 3 right.
+    """
+    return _curve(at, [float(at.objective.value(_along(at, alpha))) for alpha in alphas], alphas)
+
+
+def _over_batches(
+    at: Snapshot,
+    batch_size: BatchSizes,
+    samples: int | None,
+    target: float | None,
+    budget: int | None,
+    value: Callable[[Tensor, Tensor, int], Tensor],
+) -> Measurement:
+    def mean(b: int) -> Measurement:
+        count = default_probes(at, samples, step=4)
+        empty: tuple[list[Tensor], list[Tensor]] = ([], [])
+        curvatures, norms = at.shared(("batch_curvature", b), lambda: empty)
+        used = 0
+
+        def draw(more: int) -> list[float]:
+            nonlocal used
+            used += more
+            _draw_curvatures(at, b, used, curvatures, norms)
+            curvature, norm = torch.stack(curvatures[used - more : used]), torch.stack(norms[used - more : used])
+            if not bool((norm > 0).all()):
+                raise FloatingPointError("the gradient of a batch is zero")
+            return value(curvature, norm, b).tolist()
+
+        if noise_share(at.objective.size, b, at.replacement) == 0.0:  # every batch is the data set
+            return exact(draw(1)[0], at.objective)
+        found = estimate(at, ("batch_curvature", b), draw, probes=count, target=target, budget=budget)
+        return replace(found, floor=16 * torch.finfo(at.objective.dtype).eps * abs(float(found.value)))  # type: ignore[arg-type]
+
+    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, mean)
+
+
+def _draw_curvatures(at: Snapshot, b: int, count: int, curvatures: list[Tensor], norms: list[Tensor]) -> None:
+    """Extend g_bᵀ H_b g_b and ‖g_b‖², float64, to `count` independent batches."""
+    L = at.objective
+    for i in range(len(norms), count):
+        generator = at.generator(f"batch_curvature {b} {i}")
+        index = torch.randperm(L.size, generator=generator)[:b]
+        if at.replacement:
+            index = torch.randint(L.size, (b,), generator=generator)
+        products = HessianProducts(L, at.w, batch=index)
+        g = products.value_and_gradient()[1]
+        curvatures.append(g.double() @ products.matmat(g[:, None])[:, 0].double())
+        norms.append(g.double().square().sum())
+
+
+def _cosine_to_last(at: Snapshot, key: str, g: Tensor) -> Measurement:
+    if at.carry is None:
+        return missing("needs two steps: measure it in train()")
+    last = at.carry.get(key)
+    at.carry[key] = (at.step, g)
+    if last is None or last[0] != at.step - 1:
+        return missing("the step before was not measured")
+    a, b = g.double(), last[1].double()
+    size = float(a.norm() * b.norm())
+    if size == 0.0:
+        return missing("the gradient is zero, so it has no direction")
+    return exact(float(a @ b) / size, at.objective, scale=1.0)
+
+
+def _along(at: Snapshot, alpha: float) -> Tensor:
+    return at.w - alpha * float(at.lr) * at.gradient  # type: ignore[arg-type]
+
+
+def _hessian_along(at: Snapshot, alpha: float) -> LinearOperator:
+    return at.shared(("hessian", alpha), lambda: at.counted(hessian(at.objective, _along(at, alpha))))
+
+
+def _curve(at: Snapshot, values: list[float], alphas: Sequence[float]) -> Measurement:
+    found = np.array(values)
+    if not np.isfinite(found).all():
+        raise FloatingPointError("not finite: the loss diverges along the step")
+    floor = 16 * torch.finfo(at.objective.dtype).eps * np.abs(found)
+    zero = np.zeros(len(found))
+    return Measurement(found, zero, "exact", zero + np.inf, floor, axis=("alpha", tuple(float(a) for a in alphas)))

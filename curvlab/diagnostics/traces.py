@@ -1,0 +1,123 @@
+"""Traces of the Hessian and of its Gauss-Newton part, and the whole density of the spectrum."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..linalg import LinearOperator, spectral_density, trace
+from ..linalg.probes import rademacher
+from ..measurement import Measurement, missing
+from ..operators import ggn
+from ..snapshot import Snapshot
+from .estimation import default_probes, estimate
+from .fisher import fisher_trace
+from .registry import diagnostic
+
+Method = Literal["auto", "split", "xtrace", "hutchinson", "exact"]
+
+
+@diagnostic("tr(H)", formula="Σ λ_i", kind="sem", cost="32 products and tr(GGN); 2 in a run")
+def hessian_trace(
+    at: Snapshot,
+    *,
+    method: Method = "auto",
+    num_matvecs: int | None = None,
+    target: float | None = None,
+    budget: int | None = None,
+) -> Measurement:
+    """Trace of the Hessian.
+
+    - ``"split"``: tr(G) + tr(H - G), the Gauss-Newton part exactly (C passes) and Hutchinson on the rest, with the same
+      probes for both products. Best once training has started: the rest is small.
+    - ``"xtrace"``, ``"hutchinson"``, ``"exact"``: see `curvlab.trace`.
+    - ``"auto"``: split and plain Hutchinson are compared on four pilot probes, which then are not used, and the one with the
+      smaller variance serves; XTrace if the loss has no known likelihood, so that tr(G) is not at hand. The note states the
+      choice. In a run the choice is made anew at each step.
+
+    Args:
+        num_matvecs: products with H, beside the pilot's; default 32, in a run 2. P or more are exact.
+        target, budget: as for `interaction_trace`, where probes are sampled (not for XTrace).
+
+    Raises:
+        ValueError: an unknown method, or fewer than 2 probes.
+
+    Source: Hutchinson 1989; Epperly et al. 2024 (arXiv 2301.07825) for XTrace.
+    """
+    probes = default_probes(at, num_matvecs, single=32)
+    generator = at.generator("hessian_trace")
+    likelihood = method in ("auto", "split") and fisher_trace(at, exact=True).value is not None
+    if method == "split" and not likelihood:
+        return missing(
+            "the split needs the trace of the GGN: loss='cross_entropy', 'binary_cross_entropy' or 'squared_error'"
+        )
+    if method in ("xtrace", "hutchinson", "exact") or probes >= at.objective.num_params or not likelihood:
+        chosen = str(method)
+        if method in ("auto", "split"):
+            chosen = "xtrace" if probes >= 4 else "hutchinson"
+        found = trace(at.hessian, method=chosen, num_matvecs=probes, generator=generator)  # type: ignore[arg-type]
+        return replace(found, note=f"method: {chosen}")
+    G = at.shared("ggn", lambda: ggn(at.objective, at.w))
+    chosen = str(method)
+    if method == "auto":
+        plain, rest = _quadratic(at, G, 4, generator)
+        chosen = "split" if rest.std() < plain.std() else "hutchinson"
+    split = chosen == "split"
+
+    def draw(count: int) -> list[float]:
+        plain, rest = _quadratic(at, G if split else None, count, generator)
+        return (rest if split else plain).tolist()
+
+    known = float(fisher_trace(at, exact=True).value) if split else 0.0  # type: ignore[arg-type]
+    key = ("hessian_trace", chosen)
+    found = estimate(at, key, draw, probes=probes, known=known, target=target, budget=budget)
+    floor = 16 * torch.finfo(at.objective.dtype).eps * (abs(known) + abs(float(found.value)))  # type: ignore[arg-type]
+    note = f"method: {chosen}" + (f"; {found.note}" if found.note else "")
+    return replace(found, floor=floor, note=note)
+
+
+@diagnostic(
+    "tr(G)", formula="trace of the generalized Gauss-Newton matrix", kind="exact", cost="C gradients for C outputs"
+)
+def ggn_trace(at: Snapshot, *, num_matvecs: int = 32) -> Measurement:
+    """Trace of the GGN: exactly, as the Fisher trace, for losses with a known likelihood; otherwise by XTrace.
+
+    Raises:
+        ValueError: fewer than 4 products.
+    """
+    found = fisher_trace(at, exact=True)
+    if found.value is not None:
+        return found
+    try:
+        G = at.shared("ggn", lambda: ggn(at.objective, at.w))
+    except TypeError as error:
+        return missing(str(error))
+    return trace(G, num_matvecs=num_matvecs, generator=at.generator("ggn_trace"))
+
+
+@diagnostic("density of λ", formula="(1/P) Σ δ(λ - λ_i), smoothed", kind="sem", cost="320 products")
+def hessian_density(at: Snapshot, *, num_probes: int = 8, steps: int = 40, points: int = 200) -> Measurement:
+    """Density of the Hessian's eigenvalues by stochastic Lanczos quadrature, over an axis "eigenvalue".
+
+    Smoothed by a Gaussian of 1/100 of the range; the standard error is that of the smoothed density, over probes.
+
+    Raises:
+        ValueError: fewer than 2 probes.
+
+    Source: Ghorbani et al. 2019 (arXiv 1901.10159).
+    """
+    generator = at.generator("hessian_density")
+    found = spectral_density(at.hessian, num_probes=num_probes, steps=steps, grid=points, generator=generator)
+    axis = ("eigenvalue", tuple(found.grid.tolist()))
+    return Measurement(found.values.numpy(), found.errors.numpy(), "sem", np.full(points, num_probes - 1.0), axis=axis)
+
+
+def _quadratic(at: Snapshot, G: LinearOperator | None, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """zᵀHz and zᵀ(H - G)z for random signs z, float64."""
+    Z = rademacher((at.objective.num_params, count), at.gradient, generator=generator)
+    plain = (Z * (at.hessian @ Z)).sum(0, dtype=torch.float64)
+    return plain, plain if G is None else plain - (Z * (G @ Z)).sum(0, dtype=torch.float64)
