@@ -18,24 +18,26 @@ _HOME = {
     "Eigenpairs": "linalg",
     "eigsh": "linalg",
     "trace": "linalg",
+    "spectral_density": "linalg",
     "dense": "linalg",
     "hessian": "operators",
     "ggn": "operators",
     "gradient_second_moment": "operators",
+    "fisher": "operators",
     "gradient_covariance": "operators",
     "diagnostic": "diagnostics.registry",
     "measure": "point",
     "train": "trainer",
     "Run": "runs",
 }
-_MODULES = ("claims", "diagnostics", "linalg", "operators", "plots", "problems")
+_MODULES = ("claims", "diagnostics", "landscape", "linalg", "operators", "plots", "problems")
 
 __all__ = [
     "Objective", "batch_loss", "Batches", "Measurement", "Snapshot",
-    "LinearOperator", "Eigenpairs", "eigsh", "trace", "dense",
-    "hessian", "ggn", "gradient_second_moment", "gradient_covariance",
+    "LinearOperator", "Eigenpairs", "eigsh", "trace", "spectral_density", "dense",
+    "hessian", "ggn", "fisher", "gradient_second_moment", "gradient_covariance",
     "diagnostic", "measure", "train", "Run",
-    "claims", "diagnostics", "linalg", "operators", "plots", "problems",
+    "claims", "diagnostics", "landscape", "linalg", "operators", "plots", "problems",
 ]  # fmt: skip
 
 

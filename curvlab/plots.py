@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .landscape import Plane
+
 # Okabe and Ito's colours: told apart by the colour-blind, and in print by line style.
 BLUE, RED, GREEN, ORANGE, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#333333"
 SHADES = ["#440154", "#3b528b", "#21918c", "#5ec962", "#e0b400"]  # dark to light: small to large batches
@@ -22,14 +24,15 @@ SHADES = ["#440154", "#3b528b", "#21918c", "#5ec962", "#e0b400"]  # dark to ligh
 def plot(runs: Run | Sequence[Run], folder: str | Path | None = None) -> list[Path]:
     """Draw every figure that the logs allow and save each as PNG and PDF; returns the PNG paths.
 
-    One run gives `edge_of_stability` (Lee 2022, fig. 4a-c) and, with expected loss differences, `loss_difference` (figs. 1,
-    2). Several runs with different batch sizes also give `batch_sizes` (fig. 4d).
+    Every run gives `quantities`, everything that was measured. One run gives `edge_of_stability` (Lee 2022, fig. 4a-c)
+    and, with expected loss differences, `loss_difference` (figs. 1, 2). Several runs with different batch sizes also
+    give `batch_sizes` (fig. 4d).
 
     Args:
         folder: where; default the run's folder, or the parent of several.
 
     Raises:
-        ValueError: no run, or none with a quantity that a figure needs.
+        ValueError: no run, or none with a measurement.
     """
     runs = [runs] if isinstance(runs, Run) else list(runs)
     figures: dict[Path, Figure] = {}
@@ -41,10 +44,10 @@ def plot(runs: Run | Sequence[Run], folder: str | Path | None = None) -> list[Pa
             figures[place / "edge_of_stability"] = edge_of_stability(run)
         if {"expected_loss_difference", "instability", "gradient_norm"} <= set(run.names):
             figures[place / "loss_difference"] = loss_difference(run)
+        if run.names:
+            figures[place / "quantities"] = quantities(run)
     if not figures:
-        raise ValueError(
-            "nothing to draw: no run has both loss and sharpness; measure them with train(diagnostics=...)"
-        )
+        raise ValueError("nothing to draw: no run has measurements; ask for some with train(diagnostics=...)")
     paths = []
     for path, figure in figures.items():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,14 +65,14 @@ def edge_of_stability(run: Run) -> Figure:
     top.set_ylabel("training loss")
     top.set_title(_title(run), fontsize=9, loc="left")
     b = run.config.get("training", {}).get("batch_size")
-    curves = [("sharpness", BLUE, "-", "sharpness  ‖H‖")]
+    curves = [("sharpness", BLUE, "sharpness  ‖H‖")]
     if "interaction_sharpness" in run.names:
         name = "S_n" if b == _examples(run) else "S_b"
-        curves.append(("interaction_sharpness", RED, "-", rf"interaction-aware sharpness  $\|H\|_{{{name}}}$"))
+        curves.append(("interaction_sharpness", RED, rf"interaction-aware sharpness  $\|H\|_{{{name}}}$"))
     highest = 0.0
-    for name, colour, style, label in curves:
+    for name, colour, label in curves:
         series = run.series(name)
-        _band(bottom, series, colour, style, label)
+        _band(bottom, series, colour, label)
         highest = max(highest, float(np.nanquantile(series.values, 0.995)))
     _threshold(bottom, run)
     if "gradient_concentration" in run.names and b != _examples(run):
@@ -147,6 +150,69 @@ def loss_difference(run: Run) -> Figure:
     return figure
 
 
+def plane(plane: Plane) -> Figure:
+    """Contours of the loss over a plane of `curvlab.landscape`, with its path."""
+    figure, axes = _axes(1, figsize=(5.6, 4.6))
+    values = np.where(np.isfinite(plane.values), plane.values, np.nan)
+    positive = np.nanmin(values) > 0
+    shown = np.log10(values) if positive else values
+    contours = axes.contourf(plane.alphas, plane.betas, shown.T, levels=30, cmap="viridis")
+    axes.contour(plane.alphas, plane.betas, shown.T, levels=30, colors="white", linewidths=0.3)
+    axes.plot(0, 0, "o", color="white", mec=BLACK, label="w")
+    if len(plane.path):
+        axes.plot(plane.path[:, 0], plane.path[:, 1], ".-", color=RED, lw=1, label="path, projected")
+    axes.set_xlabel(f"along {plane.names[0]}")
+    axes.set_ylabel(f"along {plane.names[1]}")
+    axes.legend(fontsize=8)
+    figure.colorbar(contours, ax=axes, label="log10 of the loss" if positive else "loss")
+    return figure
+
+
+def quantities(run: Run, names: Sequence[str] | None = None) -> Figure:
+    """Everything that was measured (or `names`), a panel each, with 95% intervals.
+
+    A quantity over a named axis gives a line for each coordinate, or, for more than twelve, the last curve over the axis.
+    """
+    names = list(names or run.names)
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = _axes(rows, columns, figsize=(4.2 * columns, 2.4 * rows), squeeze=False)
+    for ax, name in zip(axes.flat, names, strict=False):
+        series = run.series(name)
+        ax.set_title(name, fontsize=9, loc="left")
+        if series.axis is None:
+            _fill(ax, series.steps, series.values, *series.interval(), BLUE)
+        elif len(series.axis[1]) <= 12:
+            _lines(ax, series)
+        else:
+            low, high = (end[-1] for end in series.interval())
+            _fill(ax, np.array(series.axis[1]), series.values[-1], low, high, BLUE)
+            ax.set_xlabel(f"{series.axis[0]}, at step {series.steps[-1]}", fontsize=8)
+        ax.tick_params(labelsize=8)
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    figure.suptitle(_title(run), fontsize=9, x=0.01, ha="left")
+    figure.supxlabel("step", fontsize=9)
+    return figure
+
+
+def _lines(axes: Axes, series: Series) -> None:
+    from matplotlib import colormaps
+
+    assert series.axis is not None
+    name, coordinates = series.axis
+    low, high = series.interval()
+    for j, coordinate in enumerate(coordinates):
+        colour = colormaps["viridis"](j / max(1, len(coordinates) - 1) * 0.9)
+        _fill(axes, series.steps, series.values[:, j], low[:, j], high[:, j], colour, label=str(coordinate))
+    axes.legend(title=name, fontsize=6, title_fontsize=6, ncols=2)
+
+
+def _fill(axes: Axes, x: Any, y: Any, low: Any, high: Any, colour: Any, label: str | None = None) -> None:
+    axes.plot(x, y, color=colour, lw=1, marker="." if len(x) < 3 else None, label=label)
+    axes.fill_between(x, low, high, color=colour, alpha=0.25, lw=0)
+
+
 def _axes(*shape: int, **options: Any) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure as NewFigure  # not pyplot: no display, no global state
 
@@ -160,12 +226,11 @@ def _axes(*shape: int, **options: Any) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _band(axes: Axes, series: Series, colour: str, style: str, label: str) -> None:
+def _band(axes: Axes, series: Series, colour: str, label: str) -> None:
     low, high = series.interval()
     kinds = {"bound": "residual bound", "sem": "95% interval"}
     meaning = next((kinds[kind] for kind in series.kinds if kind in kinds), "exact")
-    axes.plot(series.steps, series.values, color=colour, ls=style, lw=1, label=f"{label}  ({meaning})")
-    axes.fill_between(series.steps, low, high, color=colour, alpha=0.25, lw=0)
+    _fill(axes, series.steps, series.values, low, high, colour, f"{label}  ({meaning})")
 
 
 def _threshold(axes: Axes, run: Run) -> None:

@@ -30,6 +30,7 @@ class Series:
         steps, values, errors: as logged; a vector quantity without a chosen coordinate has values of shape (T, K).
         df, floors, kinds: what the errors mean (see `Measurement`).
         notes: remarks by step.
+        axis: name and coordinates of a vector quantity, those of the last step.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Series:
     floors: np.ndarray
     kinds: np.ndarray
     notes: dict[int, str] = field(default_factory=dict)
+    axis: tuple[str, tuple] | None = None
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -150,7 +152,9 @@ class Run:
         value, error, df, floor = (np.array(_rectangular([row[i] for row in rows]), dtype=float) for i in range(4))
         notes = {step: entry["note"] for step, entry in found if entry.get("note")}
         kinds = np.array([entry["kind"] for _, entry in found])
-        return Series(name, np.array([step for step, _ in found]), value, error, df, floor, kinds, notes)
+        axes = [entry["axis"] for _, entry in found if entry.get("axis")] if not coordinate else []
+        axis = (axes[-1][0], tuple(axes[-1][1])) if axes else None
+        return Series(name, np.array([step for step, _ in found]), value, error, df, floor, kinds, notes, axis)
 
     def column(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, numbers) of something logged beside the measurements, such as "lr" or "seconds"."""
