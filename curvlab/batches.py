@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from .guard import random_states
+
 
 class Examples:
     """N examples in a fixed order, kept as one or more batches.
@@ -19,8 +21,14 @@ class Examples:
     """
 
     def __init__(self, data: Any, *, pairs: bool) -> None:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), random_states():  # reading may draw random numbers
             batches = [tree_map(_ordinary, batch) for batch in _read(data, pairs)]
+        odd = next((batch for batch in batches if pairs and not _is_pair(batch)), None)
+        if odd is not None:
+            raise ValueError(
+                f"a batch is a {type(odd).__name__}; expected (inputs, targets). For other batches pass "
+                "loss=batch_loss(f) with f(model, batch) -> (B,)"
+            )
         if not batches:
             raise ValueError(
                 "data holds no batch; pass (inputs, targets), a Dataset, a DataLoader or a list of batches"
@@ -45,20 +53,26 @@ class Examples:
                 yield slice(lo, hi), batch if whole else take(batch, slice(lo - start, hi - start))
 
     def select(self, index: Tensor) -> list[tuple[Tensor, Any]]:
-        """The examples at `index`, as one batch for each stored batch that holds some: (positions, batch)."""
+        """The examples at `index`, in that order, as a batch for each run of them in one stored batch: (index, batch)."""
         index = index.cpu()
         if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.size):
             raise IndexError(
                 f"indices run from {int(index.min())} to {int(index.max())}; expected 0 to {self.size - 1}"
             )
+        if not len(index):
+            raise ValueError("the indices are empty; pass at least one")
         if len(self.batches) == 1:
             return [(index, take(self.batches[0], index))]
-        out = []
-        for batch, start, stop in zip(self.batches, self.offsets, self.offsets[1:], strict=False):
-            here = index[(index >= start) & (index < stop)]
-            if len(here):
-                out.append((here, take(batch, here - start)))
-        return out
+        owner = torch.bucketize(index, torch.tensor(self.offsets[1:]), right=True)
+        runs = torch.unique_consecutive(owner, return_counts=True)
+        parts = zip(index.split(runs[1].tolist()), runs[0].tolist(), strict=True)
+        return [(here, take(self.batches[i], here - self.offsets[i])) for here, i in parts]
+
+    def first(self, count: int) -> tuple[slice, Any]:
+        """At most `count` examples of the largest batch: (their positions, the batch)."""
+        i = max(range(len(self.batches)), key=lambda i: self.offsets[i + 1] - self.offsets[i])
+        start, stop = self.offsets[i], min(self.offsets[i] + count, self.offsets[i + 1])
+        return slice(start, stop), take(self.batches[i], slice(0, stop - start))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor, such as by a copy on another device."""
@@ -208,10 +222,13 @@ def _items(dataset: Any, collate: Callable[[list[Any]], Any], group: int) -> lis
     n = len(dataset)
     if n == 0:
         raise ValueError("the dataset is empty")
-    for a, b in zip(leaves(collate([dataset[0]])), leaves(collate([dataset[0]])), strict=True):
-        if a.shape != b.shape or not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)):
+    for i in sorted({k * (n - 1) // 7 for k in range(8)}):
+        first, *others = ([torch.nan_to_num(leaf) for leaf in leaves(collate([dataset[i]]))] for _ in range(4))
+        if any(
+            a.shape != b.shape or not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)
+        ):
             raise ValueError(
-                "reading example 0 of the dataset twice gives different values, as random augmentation "
+                f"reading example {i} of the dataset twice gives different values, as random augmentation "
                 "does; measure on a fixed set: pass the dataset without augmentation"
             )
     return [collate([dataset[i] for i in range(lo, min(lo + group, n))]) for lo in range(0, n, group)]
@@ -227,7 +244,7 @@ def _ordinary(tensor: Tensor) -> Tensor:
 
 
 def _signature(batch: Any) -> tuple:
-    shapes = tuple((leaf.shape[1:], leaf.dtype, leaf.device, leaf.ndim) for leaf in leaves(batch))
+    shapes = tuple((leaf.shape[1:], leaf.dtype, leaf.device) if leaf.ndim else leaf.tolist() for leaf in leaves(batch))
     others: list[Any] = []
     _others(batch, others)
     return shapes, str(others)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .batches import Examples, leaves, take
+from .losses import cross_entropy, squared_error
 
 if TYPE_CHECKING:
     from .objective import Objective
 
-COUPLING = (nn.modules.batchnorm._BatchNorm,)
-RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU)
+COUPLING: tuple[type, ...] = (nn.modules.batchnorm._BatchNorm,)
+RANDOM: tuple[type, ...] = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -75,7 +77,7 @@ def memory_bytes(memory: int | str | None, device: torch.device) -> int:
     unit = next((u for u in units if text.endswith(u)), "")
     try:
         size = int(float(text.removesuffix(unit)) * units.get(unit, 1))
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise ValueError(f"memory is {memory!r}; expected a number of bytes, or text such as '2GiB' or '500MB'")
@@ -103,7 +105,7 @@ def live_module(L: Objective, kinds: tuple[type, ...]) -> str | None:
 
     def live(module: Any) -> bool:
         if L.mode == "eval":  # batch normalization without tracked statistics uses those of the batch even then
-            return isinstance(module, COUPLING) and module.running_mean is None
+            return isinstance(module, COUPLING) and getattr(module, "running_mean", None) is None
         return module.training or not L.model.training
 
     for name, module in L.model.named_modules():
@@ -143,17 +145,65 @@ def deterministic_mean(L: Objective) -> None:
                 "the loss of the same examples differs between two evaluations: the model is random in "
                 f"mode={L.mode!r} (sampling or dropout by hand?). Make it deterministic in eval mode"
             )
-        if coupling or (L.mode == "train" and live_module(L, RANDOM)):
+        masked = L.mode == "train" and not _close(losses, L.losses(params, replace(chunk, seed=chunk.seed + 1)))
+        if coupling or masked:
             return  # no mean over examples, or masks that depend on the position in the chunk
         half = max(1, chunk.size // 2)
         ranges = [r for r in (slice(0, half), slice(half, chunk.size)) if r.stop > r.start]
         parts = [
-            type(chunk)(r, take(chunk.batch, r), None if chunk.weights is None else chunk.weights[r], 0) for r in ranges
+            replace(chunk, positions=r, batch=take(chunk.batch, r), weights=_part(chunk.weights, r)) for r in ranges
         ]
         if not _close(losses, torch.cat([L.losses(params, part) for part in parts])):
             raise ValueError(
                 "the loss of an example depends on the other examples of its batch, so the loss is not a mean over "
                 "examples. Remove the coupling (batch statistics, contrastive terms, x - x.mean(0)) from the model or loss"
+            )
+
+
+def no_recomputation(L: Objective) -> None:
+    """Refuse activation checkpointing: what it computes again in the backward pass, it computes at the live parameters.
+
+    Raises:
+        ValueError: naming the module that is computed again.
+    """
+    calls: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+        for name, module in L.model.named_modules()
+    ]
+    with L.measuring():
+        try:
+            params = L.leaves_at()
+            losses = L.losses(params, L.first(2))
+            forward = len(calls)
+            L.grads(losses.sum(), params)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if len(calls) > forward:
+        raise ValueError(
+            f"{calls[forward] or 'the model'} is computed again in the backward pass (activation checkpointing), at the "
+            "live parameters instead of those measured; switch checkpointing off while measuring"
+        )
+
+
+def class_indices(L: Objective) -> None:
+    """Refuse class indices that no output stands for: `squared_error` would take them for targets of zero,
+    `cross_entropy` ignores -100 and still counts the example.
+
+    Raises:
+        ValueError: naming the range of indices and the number of outputs.
+    """
+    if L.loss not in (squared_error, cross_entropy):
+        return
+    with L.measuring(), torch.no_grad():
+        classes = L.outputs(L.leaves_at(), L.first(2)).shape[-1]
+    for _, targets in L.examples.batches:
+        if not targets.is_floating_point() and not bool(((targets >= 0) & (targets < classes)).all()):
+            raise ValueError(
+                f"class indices run from {int(targets.min())} to {int(targets.max())}, but the model has {classes} outputs. "
+                "Give examples to be ignored weight 0 and a valid class; for a regression on integers pass targets.float() "
+                "in the shape of the outputs"
             )
 
 
@@ -168,6 +218,10 @@ def _untouched_parameters(L: Objective, params: list[Tensor], before: list[Tenso
                 f"parameter {name} is rewritten by the model's own forward pass (as Embedding(max_norm=...) does), so the "
                 "loss is not a function of it; remove the rewriting"
             )
+
+
+def _part(weights: Tensor | None, r: slice) -> Tensor | None:
+    return None if weights is None else weights[r]
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -40,12 +40,12 @@ def measuring(model: nn.Module, *, train_mode: bool = False) -> Iterator[None]:
         yield
         return
     flags = [(module, module.training) for module in model.modules()]
-    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module, _ in flags)
+    compiled = any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) for module, _ in flags)
     recurrent = any(isinstance(module, nn.RNNBase) for module, _ in flags)
     _active.append((model, train_mode))
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_random_states())
+            stack.enter_context(random_states())
             stack.enter_context(_backend_flags(recurrent))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -53,10 +53,9 @@ def measuring(model: nn.Module, *, train_mode: bool = False) -> Iterator[None]:
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             if compiled:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            if not train_mode:
-                model.eval()
-            elif not model.training:
-                model.train()
+            if not (train_mode and model.training):
+                for module, _ in flags:  # not model.train(), which some models override to do more
+                    module.training = train_mode
             yield
     finally:
         _active.pop()
@@ -65,7 +64,8 @@ def measuring(model: nn.Module, *, train_mode: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_states() -> Iterator[None]:
+def random_states() -> Iterator[None]:
+    """Put the random states of Python, numpy, torch and CUDA back afterwards."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda: list[Any] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
@@ -81,18 +81,18 @@ def _random_states() -> Iterator[None]:
 @contextlib.contextmanager
 def _backend_flags(recurrent: bool) -> Iterator[None]:
     precision = [backend.fp32_precision for backend in _PRECISION]
-    fastpath = torch.backends.mha.get_fastpath_enabled()
+    fastpath, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     with contextlib.ExitStack() as stack:
         # The kernel selection is restored by its own context manager.
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-        if recurrent:
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         try:
+            torch.backends.cudnn.enabled = cudnn and not recurrent
             torch.backends.mha.set_fastpath_enabled(False)
             for backend in _PRECISION:
                 backend.fp32_precision = "ieee"
             yield
         finally:
+            torch.backends.cudnn.enabled = cudnn
             torch.backends.mha.set_fastpath_enabled(fastpath)
             for backend, value in zip(_PRECISION, precision, strict=True):
                 backend.fp32_precision = value

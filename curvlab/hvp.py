@@ -42,10 +42,17 @@ class HessianProducts:
     ) -> None:
         if engine not in ("auto", *ENGINES):
             raise ValueError(f"engine is {engine!r}; expected 'auto' or one of {ENGINES}")
+        padded = [n for n, m in objective.model.named_modules() if getattr(m, "padding_idx", None) is not None]
+        if engine == "forward_over_reverse" and padded:  # its rule in PyTorch lets the padding row through
+            raise ValueError(
+                f"{padded[0]} has a padding_idx, whose forward-mode derivative is silently wrong; use engine='graph' or "
+                "'double_backward'"
+            )
         self.objective = objective
         self.engine = "graph" if engine == "auto" else engine
-        self.w = w.detach().clone()
-        self.chunks = objective.chunks(batch)
+        self.w = objective.point(w)
+        self.chunks = objective.pieces(batch, objective.chunk_size)
+        self.constants = objective.constants()
         self.size = sum(chunk.size for chunk in self.chunks)
         self.kept = 0
         if self.engine == "graph":
@@ -60,9 +67,9 @@ class HessianProducts:
             L = self.objective
             value = torch.zeros((), dtype=torch.float64, device=L.device)
             gradient = torch.zeros(L.num_params, dtype=L.dtype, device=L.device)
-            with L.measuring():
+            with L.measuring(self.constants):
                 for i, chunk in enumerate(self.chunks):
-                    graph = _GradientGraph(L, self.w, chunk)
+                    graph = _GradientGraph(L, self.w, L.place(chunk))
                     value, gradient = value + graph.value, gradient + graph.gradient
                     if i < self.kept:
                         self._graphs.append(graph)
@@ -74,13 +81,13 @@ class HessianProducts:
         L = self.objective
         if self.kept:
             self.value_and_gradient()
-        with L.measuring():
+        with L.measuring(self.constants):
             total = torch.zeros_like(V)
             for i, chunk in enumerate(self.chunks):
                 if self.engine == "forward_over_reverse":
-                    columns = [self._jvp_of_gradient(chunk, v) for v in V.T]
+                    columns = [self._jvp_of_gradient(L.place(chunk), v) for v in V.T]
                 else:
-                    graph = self._graphs[i] if i < self.kept else _GradientGraph(L, self.w, chunk)
+                    graph = self._graphs[i] if i < self.kept else _GradientGraph(L, self.w, L.place(chunk))
                     columns = [graph.product(v) for v in V.T]
                 total += torch.stack(columns, 1)
             return total / self.size

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 class Part(Protocol):
     """Example gradients of some parameters, for the B examples of a chunk; places are in the flat vector of length P."""
 
+    @property
+    def key(self) -> tuple:
+        """Which parameters they are: equal for the same part of another chunk."""
+        ...
+
     def nbytes(self) -> int: ...
 
     def squared_norms(self) -> Tensor:
@@ -40,6 +45,10 @@ class Outer:
     delta: Tensor  # (B, G, T, O)
     weight: slice | None
     bias: slice | None
+
+    @property
+    def key(self) -> tuple:
+        return (str(self.weight), str(self.bias))
 
     def nbytes(self) -> int:
         return self.a.nbytes + self.delta.nbytes
@@ -113,6 +122,10 @@ class Lookup:
     delta: Tensor  # (B, T, D)
     weight: slice
 
+    @property
+    def key(self) -> tuple:
+        return (str(self.weight),)
+
     def nbytes(self) -> int:
         return self.tokens.nbytes + self.delta.nbytes
 
@@ -153,6 +166,10 @@ class Rows:
 
     rows: Tensor
     places: Tensor
+
+    @property
+    def key(self) -> tuple:
+        return (len(self.places), int(self.places.sum()))
 
     def nbytes(self) -> int:
         return self.rows.nbytes

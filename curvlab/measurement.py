@@ -108,7 +108,13 @@ class Measurement:
         if self.value is None:
             return f"no value ({self.note})"
         if isinstance(self.value, np.ndarray):
-            return np.array2string(self.value, precision=4)
+            name, points = self.axis or ("index", tuple(range(len(self.value))))
+            errors = np.broadcast_to(self.error, self.value.shape)
+            shown = [
+                f"{p:.4g}: {v:.4g}" if isinstance(p, float) else f"{p}: {v:.4g}" + (f" ± {e:.1g}" if e else "")
+                for p, v, e in zip(points, self.value, errors, strict=True)
+            ]
+            return f"{name} " + ", ".join(shown if len(shown) <= 12 else [*shown[:3], "...", *shown[-3:]])
         return f"{self.value:.4g}" if self.kind == "exact" else f"{self.value:.4g} ± {float(self.error):.1g}"
 
 

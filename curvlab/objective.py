@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks
-from .batches import Examples, batch_size, take, tree_map
+from .batches import Examples, batch_size, leaves, take, tree_map
 from .guard import measuring
 from .losses import BatchLoss, Loss, correct, resolve
 
@@ -89,6 +89,7 @@ class Objective:
         self.loss = resolve(loss)
         self.mode = mode
         self._call = _Evaluation(self.model, self.loss)
+        self._held: dict[str, Tensor] | None = None
         self._variables = checks.trainable(self.model)
         first = next(iter(self._variables.values()))
         self.device = torch.empty(0, device=device or first.device).device
@@ -100,11 +101,14 @@ class Objective:
         self.examples = Examples(data, pairs=not isinstance(self.loss, BatchLoss))
         self.size = self.examples.size
         checks.finite_data(self.examples)
-        if self.examples.nbytes() <= self.memory / 4:
-            self.examples.map(self._place)
-        self.weights = self._scaled(weights)
-        self._given_chunk_size = chunk_size
+        with torch.inference_mode(False):
+            if self.examples.nbytes() <= self.memory / 4:
+                self.examples.map(self._place)
+            self.weights = self._scaled(weights)
+        self.given_chunk_size = chunk_size
         checks.deterministic_mean(self)
+        checks.no_recomputation(self)
+        checks.class_indices(self)
 
     # -- points ---------------------------------------------------------------------------------------------------
 
@@ -124,29 +128,40 @@ class Objective:
         """The flat (P,) vector of tensors in the shapes of the parameters."""
         return torch.cat([part.reshape(-1) for part in parts])
 
-    def leaves_at(self, w: Tensor) -> list[Tensor]:
-        """The parameters at w as leaves of a new graph: copies, so a later change of w cannot reach the graph."""
+    def point(self, w: Tensor | None = None) -> Tensor:
+        """A copy of w on the device of measuring; default the model's current parameters.
+
+        Raises:
+            ValueError: a w of another length.
+        """
+        if w is None:
+            return self.params()
         if w.shape != (self.num_params,):
             raise ValueError(f"w has shape {tuple(w.shape)}; expected ({self.num_params},), as L.params() gives")
-        w = w.detach().to(self.device, self.dtype, copy=True)
-        return [part.requires_grad_() for part in self.split(w)]
+        return w.detach().to(self.device, self.dtype, copy=True)
+
+    def leaves_at(self, w: Tensor | None = None) -> list[Tensor]:
+        """The parameters at w as leaves of a new graph: copies, so a later change of w cannot reach the graph."""
+        return [part.requires_grad_() for part in self.split(self.point(w))]
 
     # -- values ---------------------------------------------------------------------------------------------------
 
     def value(self, w: Tensor | None = None, batch: Any = None) -> Tensor:
         """L(w), a float64 scalar; or the mean over a `batch`, given by indices (b,) or as it is."""
         with self.measuring(), torch.no_grad():
-            params = self._point(w)
-            chunks = self.chunks(batch)
-            total = sum(self.losses(params, chunk).double().sum() for chunk in chunks)
-            return torch.as_tensor(total) / sum(chunk.size for chunk in chunks)
+            params, count = self.leaves_at(w), 0
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for chunk in self.chunks(batch):
+                total += self.losses(params, chunk).double().sum()
+                count += chunk.size
+            return total / count
 
     def gradient(self, w: Tensor | None = None, batch: Any = None) -> Tensor:
         """∇L(w), (P,); or the mean gradient of a `batch`, given by indices (b,) or as it is."""
         with self.measuring():
             total, count = torch.zeros(self.num_params, device=self.device, dtype=self.dtype), 0
             for chunk in self.chunks(batch):
-                params = self.leaves_at(self.params() if w is None else w)
+                params = self.leaves_at(w)
                 value = self.losses(params, chunk).sum()
                 total += self.join(self.grads(value, params))
                 count += chunk.size
@@ -159,7 +174,7 @@ class Objective:
         """
         self.require_examples("per-example gradients")
         with self.measuring():
-            params = [p.detach() for p in self._point(w)]
+            params = [p.detach() for p in self.leaves_at(w)]
             return torch.cat([self.chunk_gradients(params, chunk) for chunk in self.chunks(batch)])
 
     def accuracy(self, w: Tensor | None = None) -> Tensor | None:
@@ -167,7 +182,7 @@ class Objective:
         if isinstance(self.loss, BatchLoss):
             return None
         with self.measuring(), torch.no_grad():
-            params, hits = self._point(w), torch.zeros((), dtype=torch.float64, device=self.device)
+            params, hits = self.leaves_at(w), torch.zeros((), dtype=torch.float64, device=self.device)
             for chunk in self.chunks():
                 right = correct(self.outputs(params, chunk), chunk.batch[1])
                 if right is None:
@@ -177,24 +192,43 @@ class Objective:
 
     # -- what operators are made of ---------------------------------------------------------------------------------
 
-    def measuring(self) -> AbstractContextManager[None]:
-        """The state guard around every evaluation (see `curvlab.guard`); free when already inside."""
-        return measuring(self.model, train_mode=self.mode == "train")
+    @contextmanager
+    def measuring(self, constants: dict[str, Tensor] | None = None) -> Iterator[None]:
+        """The state guard around every evaluation (see `curvlab.guard`); free when already inside.
 
-    def chunks(self, batch: Any = None, *, size: int | None = None) -> list[Chunk]:
+        With `constants`, frozen parameters and buffers have the values that `constants()` gave, not those of now.
+        """
+        held = self._held
+        with measuring(self.model, train_mode=self.mode == "train"):
+            self._held = constants if constants is not None else held
+            try:
+                yield
+            finally:
+                self._held = held
+
+    def constants(self) -> dict[str, Tensor]:
+        """What the model and the loss read beside the variables: frozen parameters, and copies of the buffers."""
+        own = {f"model.{name}" for name in self._variables}
+        found = {n: self._place(p.detach()) for n, p in self._call.named_parameters() if n not in own}
+        return found | {n: self._place(b.detach()).clone() for n, b in self._call.named_buffers()}
+
+    def chunks(self, batch: Any = None, *, size: int | None = None) -> Iterator[Chunk]:
         """The data (or a batch) in pieces of at most `size` (default `chunk_size`) examples, on the device.
 
         Everything that sums over examples walks through these.
         """
         pieces = self.pieces(batch, size or self.chunk_size)
-        return [replace(piece, batch=tree_map(self._place, piece.batch)) for piece in pieces]
+        return (self.place(piece) for piece in pieces)
+
+    def place(self, piece: Chunk) -> Chunk:
+        """The same examples on the device and in the precision of measuring."""
+        return replace(piece, batch=tree_map(self._place, piece.batch))
 
     def pieces(self, batch: Any = None, size: int | None = None) -> list[Chunk]:
         """The data, or a batch given by indices (b,) or as it is, in parts of at most `size` examples, where they lie."""
-        size = size or self.size
         out: list[Chunk] = []
         if batch is None:
-            for piece, part in self.examples.chunks(size):
+            for piece, part in self.examples.chunks(size or self.size):
                 out.append(Chunk(piece, part, None if self.weights is None else self.weights[piece], len(out)))
             return out
         if isinstance(batch, Tensor) and batch.ndim == 1 and batch.dtype == torch.int64:
@@ -208,8 +242,9 @@ class Objective:
             selected = [(torch.arange(batch_size(batch)), batch)]
         for index, whole in selected:
             s = None if self.weights is None else self.weights[index.to(self.device)]
-            for lo in range(0, len(index), size):
-                piece = slice(lo, min(lo + size, len(index)))
+            step = size or len(index)
+            for lo in range(0, len(index), step):
+                piece = slice(lo, min(lo + step, len(index)))
                 part = whole if piece == slice(0, len(index)) else take(whole, piece)
                 out.append(Chunk(piece, part, None if s is None else s[piece], len(out)))
         return out
@@ -222,6 +257,15 @@ class Objective:
     def names(self) -> list[str]:
         """Names of the trainable parameters, in the order of the flat vector."""
         return list(self._variables)
+
+    def live_difference(self) -> str | None:
+        """Why the loss that training sees, in the model's own mode, is another one than is measured; None if it is not."""
+        if self.mode == "train":
+            return None
+        for name, module in self.model.named_modules():
+            if module.training and isinstance(module, checks.COUPLING + checks.RANDOM):
+                return f"{name} ({type(module).__name__}) acts in training as it does not when measured"
+        return None
 
     def variables(self) -> list[Tensor]:
         """The live trainable parameters, in the order of the flat vector."""
@@ -287,39 +331,32 @@ class Objective:
     @cached_property
     def chunk_size(self) -> int:
         """Examples evaluated at once: as given, or so many that one kept graph takes at most a quarter of `memory`."""
-        if self._given_chunk_size is not None:
-            return min(self._given_chunk_size, self.size)
-        if self.mode == "train":
+        if self.given_chunk_size is not None:
+            return min(self.given_chunk_size, self.size)
+        if checks.live_module(self, checks.COUPLING):
             return self.size
         return max(1, min(self.size, int(self.memory / 4 / self.graph_bytes)))
 
     @cached_property
     def graph_bytes(self) -> float:
-        """Bytes that a kept gradient graph takes per example, measured by what autograd saves for one and for five."""
-        small, large = 1, min(5, self.size)
+        """Bytes that a kept gradient graph takes per example, measured by what autograd saves for two and for six."""
+        small, large = self.first(2).size, self.first(6).size
         if large == small:
-            return float(self._saved_bytes(1))
+            return self._saved_bytes(small) / small
         return max(1.0, (self._saved_bytes(large) - self._saved_bytes(small)) / (large - small))
 
     # -- internals --------------------------------------------------------------------------------------------------
-
-    def _point(self, w: Tensor | None) -> list[Tensor]:
-        return self.leaves_at(self.params() if w is None else w)
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)
 
     def _state(self, params: list[Tensor]) -> dict[str, Tensor]:
         """Everything the model reads: the given parameters, frozen ones, and copies of the buffers."""
-        state = {f"model.{name}": p for name, p in zip(self._variables, params, strict=True)}
-        for name, p in self.model.named_parameters():
-            if name not in self._variables:
-                state[f"model.{name}"] = self._place(p.detach())
-        for name, b in self.model.named_buffers():
-            b = b.detach()
-            placed = self._place(b)
-            state[f"model.{name}"] = b.clone() if placed is b else placed
-        return state
+        state = dict(zip((f"model.{name}" for name in self._variables), params, strict=True))
+        if self._held is None:
+            return state | self.constants()
+        buffers = {name for name, _ in self._call.named_buffers()}  # a forward pass may write to them
+        return state | {n: t.clone() if n in buffers else t for n, t in self._held.items()}
 
     def _reseed(self, chunk: Chunk) -> None:
         if self.mode == "train":  # the same masks at every evaluation; the guard restores the generators
@@ -343,16 +380,18 @@ class Objective:
             full = list(params)
             for i, p in zip(chosen, part, strict=True):
                 full[i] = p
-            one = Chunk(slice(0, 1), tree_map(lambda t: t[None] if t.ndim else t, batch), None, chunk.seed)
+            whole = iter(batched)
+            one = Chunk(slice(0, 1), tree_map(lambda t: t[None] if next(whole) else t, batch), None, chunk.seed)
             value = scalars(full, one)[0]
             return value if weight is None else value * weight
 
+        batched = [leaf.ndim > 0 for leaf in leaves(chunk.batch)]
         dims = tree_map(lambda t: 0 if t.ndim else None, chunk.batch)
         weight_dim = None if chunk.weights is None else 0
         try:
             mapped = torch.func.vmap(torch.func.grad(scalar), in_dims=(None, dims, weight_dim))
             found = mapped([params[i] for i in chosen], chunk.batch, chunk.weights)
-            return torch.cat([g.flatten(1) for g in found], 1)
+            return torch.cat([g.reshape(len(g), -1) for g in found], 1)
         except (RuntimeError, TypeError, ValueError):  # control flow, in-place updates, leaves that are no tensors
             params = [p.detach().requires_grad_() for p in params]
             part = [params[i] for i in chosen]
@@ -368,7 +407,7 @@ class Objective:
             return tensor
 
         with self.measuring(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            params = self.leaves_at(self.params())
+            params = self.leaves_at()
             chunk = self.first(examples)
             self.grads(self.losses(params, chunk).sum(), params, create_graph=True)
         own = {p.untyped_storage().data_ptr() for p in params}
@@ -376,14 +415,15 @@ class Objective:
 
     def first(self, count: int) -> Chunk:
         """The first examples, at most `count`, as a chunk."""
-        piece, batch = next(self.examples.chunks(count))
+        piece, batch = self.examples.first(count)
         return Chunk(piece, tree_map(self._place, batch), None if self.weights is None else self.weights[piece], 0)
 
     def _scaled(self, weights: Tensor | None) -> Tensor | None:
         if weights is None:
             return None
-        weights = torch.as_tensor(weights).detach().to(self.device, torch.float64)
-        if weights.shape != (self.size,) or not bool((weights >= 0).all()) or not float(weights.sum()) > 0:
+        weights = torch.as_tensor(weights).detach().clone().to(self.device, torch.float64)
+        valid = weights.shape == (self.size,) and bool((weights >= 0).all()) and bool(torch.isfinite(weights).all())
+        if not valid or not float(weights.sum()) > 0:
             raise ValueError(
                 f"weights have shape {tuple(weights.shape)}; expected ({self.size},) finite non-negative "
                 "numbers, one per example, not all zero"
@@ -404,7 +444,7 @@ class _Evaluation(nn.Module):
         if self.whole:
             return self.loss(self.model, batch)
         inputs, targets = batch
-        if isinstance(inputs, dict):
+        if isinstance(inputs, Mapping):
             outputs = self.model(**inputs)
         else:
             outputs = self.model(*inputs) if isinstance(inputs, list | tuple) else self.model(inputs)

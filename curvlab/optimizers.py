@@ -13,10 +13,14 @@ ADAPTIVE = ("Adam", "AdamW", "RMSprop")
 
 
 def settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Name and plain settings of the first parameter group."""
-    group = optimizer.param_groups[0]
-    plain = {key: value for key, value in group.items() if isinstance(value, bool | int | float | str | tuple)}
-    return {"name": type(optimizer).__name__, **plain}
+    """Name and plain settings of the optimizer: those of the first parameter group, and where other groups differ, a list
+    "differing" of the settings' names."""
+    groups = [
+        {key: value for key, value in group.items() if isinstance(value, bool | int | float | str | tuple)}
+        for group in optimizer.param_groups
+    ]
+    differing = sorted({key for group in groups for key in group if group[key] != groups[0].get(key)})
+    return {"name": type(optimizer).__name__, **groups[0]} | ({"differing": differing} if differing else {})
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float | None:

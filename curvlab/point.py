@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .diagnostics import evaluate, parse, require
-from .diagnostics.registry import Request
+from .diagnostics.registry import Request, batch_sizes
 from .hvp import Engine
 from .measurement import Measurement
 from .objective import Objective
@@ -59,8 +59,7 @@ def measure(
     if generator is not None:
         seed = int(torch.randint(2**31, (), generator=generator))
     plan = parse(diagnostics)
-    sizes = batch_size if batch_size is None or isinstance(batch_size, int) else tuple(int(b) for b in batch_size)
+    sizes = batch_sizes(batch_size)
     require(plan, {"batch_size": sizes, "lr": lr, "test": test})
-    point = L.params() if w is None else w.detach().to(L.device, L.dtype, copy=True)
-    at = Snapshot(L, point, seed=seed, batch_size=sizes, replacement=replacement, lr=lr, test=test, engine=engine)
+    at = Snapshot(L, L.point(w), seed=seed, batch_size=sizes, replacement=replacement, lr=lr, test=test, engine=engine)
     return evaluate(at, plan)

@@ -239,7 +239,8 @@ def _row(entry: dict[str, Any], coordinate: dict[str, Any]) -> tuple[Any, Any, A
         index = axis_index(entry.get("axis"), coordinate)
         fields = tuple(x[index] if isinstance(x, list) else x for x in fields)
     width = len(entry["value"]) if not coordinate and isinstance(entry["value"], list) else None
-    numbers = [math.inf if x is None and i == 2 else x for i, x in enumerate(fields)]
+    df = [math.inf if x is None else x for x in fields[2]] if isinstance(fields[2], list) else fields[2]
+    numbers = [fields[0], fields[1], math.inf if df is None else df, fields[3]]
     value, error, df, floor = (x if width is None or isinstance(x, list) else [x] * width for x in numbers)
     return value, error, df, floor
 

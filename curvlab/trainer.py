@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import tree_map
+from .batches import Batches, tree_map
 from .diagnostics import evaluate, parse, require
-from .diagnostics.registry import Request
+from .diagnostics.registry import Request, batch_sizes
 from .hvp import Engine
 from .objective import Chunk, Objective
-from .optimizers import ADAPTIVE, learning_rate, preconditioner, settings
+from .optimizers import learning_rate, preconditioner, settings
 from .runs import Run
 from .snapshot import Snapshot
 
@@ -77,11 +77,24 @@ def train(
     plan = parse(diagnostics)
     if every < 1:
         raise ValueError(f"every is {every}; expected a whole number of steps from 1")
-    batch_size = batch_size if batch_size is not None else getattr(batches, "batch_size", None)
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise ValueError(
+            f"micro_batch_size is {micro_batch_size}; expected at least 1 example, or None for the whole batch"
+        )
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not trained & {id(p) for p in L.variables()}:
+        raise ValueError(
+            "the optimizer holds none of the trainable parameters of the objective's model; make it from "
+            "L.model.parameters()"
+        )
+    if isinstance(batches, Batches) and batches.n != L.size:
+        raise ValueError(
+            f"the batches index {batches.n} examples, but the objective has {L.size}: pass Batches(L.size, ...)"
+        )
+    batch_size = batch_sizes(batch_size if batch_size is not None else getattr(batches, "batch_size", None))
     replacement = replacement if replacement is not None else getattr(batches, "replacement", False)
-    adaptive = type(optimizer).__name__ in ADAPTIVE or None
     available = {"batch_size": batch_size, "lr": learning_rate(optimizer), "test": test, "batch_gradient": True}
-    require(plan, available | {"preconditioner": adaptive})
+    require(plan, available)
     log = None
     if run is not None:
         log = Run.create(
@@ -96,6 +109,7 @@ def train(
                     "replacement": replacement,
                     "every": every,
                     "diagnostics": list(plan.items()),
+                    "trained_loss": L.live_difference(),
                     "micro_batch_size": micro_batch_size,
                     "probe_seed": seed,
                     "engine": engine,
@@ -152,7 +166,10 @@ def _steps(
             at.release()
             if not math.isfinite(batch_loss):
                 return  # diverged: the log says so, and the parameters of this point are kept
-            optimizer.step()
+            if isinstance(optimizer, torch.optim.LBFGS):  # evaluates the loss itself, as often as it likes
+                optimizer.step(lambda batch=batch: _closure(L, optimizer, batch, micro_batch_size))
+            else:
+                optimizer.step()
             taken += 1
     finally:
         if log is not None:
@@ -177,6 +194,11 @@ def backward(L: Objective, batch: Any, micro_batch_size: int | None = None) -> f
         mean.backward()
         total += float(mean.detach())
     return total
+
+
+def _closure(L: Objective, optimizer: torch.optim.Optimizer, batch: Any, micro_batch_size: int | None) -> float:
+    optimizer.zero_grad()
+    return backward(L, batch, micro_batch_size)
 
 
 def _flat_gradient(L: Objective) -> Tensor:

@@ -21,8 +21,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from curvlab import Objective, batch_loss
 
-torch.set_num_threads(1)  # tiny problems: more threads only cost time
-
 DOUBLE = torch.float64
 
 
@@ -49,8 +47,9 @@ class Case:
     """A problem from a seed, and what is special about it.
 
     Attributes:
-        layers: names, or beginnings of names, of the parameters that go by the layer rule; all others go by vmap.
-        forward_mode: whether all its layers have forward-mode rules.
+        layers: names, or beginnings of names, of the parameters that go by a layer's rule; all others are formed.
+        vmap: whether vmap can form the others, and so all per-example gradients.
+        forward_mode: whether all its layers have forward-mode rules, and right ones.
         piecewise_linear: in the parameters of any one layer, so tr(H) = tr(GGN).
         linear: in all parameters together, so H = GGN for squared error.
     """
@@ -58,6 +57,7 @@ class Case:
     name: str
     build: Callable[[int], Problem]
     layers: tuple[str, ...] = ()
+    vmap: bool = True
     forward_mode: bool = True
     piecewise_linear: bool = False
     linear: bool = False
@@ -112,7 +112,24 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return ((outputs - targets) ** 2).flatten(1).sum(1) / 2
 
 
-REFERENCE_LOSSES = {"cross_entropy": cross_entropy, "squared_error": squared_error}
+def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    p = outputs.sigmoid()
+    return -(targets * p.log() + (1 - targets) * (1 - p).log()).flatten(1).sum(1)
+
+
+REFERENCE_LOSSES = {
+    "cross_entropy": cross_entropy,
+    "squared_error": squared_error,
+    "binary_cross_entropy": binary_cross_entropy,
+}
+
+
+# Written out, of the losses in one example's outputs.
+OUTPUT_HESSIANS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cross_entropy": lambda z: torch.diag(z.softmax(0)) - torch.outer(z.softmax(0), z.softmax(0)),
+    "squared_error": lambda z: torch.eye(len(z), dtype=DOUBLE),
+    "binary_cross_entropy": lambda z: torch.diag(z.sigmoid() * (1 - z.sigmoid())),
+}
 
 
 def supervised(model: nn.Module, loss: str, x: Any, y: Tensor, weights: Tensor | None = None) -> Problem:
@@ -134,7 +151,7 @@ def _mlp(activation: type[nn.Module], loss: str) -> Callable[[], Problem]:
 
 
 for _activation in (nn.Tanh, nn.ReLU, nn.GELU):
-    for _loss in REFERENCE_LOSSES:
+    for _loss in ("cross_entropy", "squared_error"):
         _enter(
             f"mlp_{_activation.__name__.lower()}_{_loss}",
             _mlp(_activation, _loss),
@@ -152,6 +169,12 @@ def linear() -> Problem:
 def class_probabilities() -> Problem:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     return supervised(model, "cross_entropy", inputs(9, 4), inputs(9, 3).softmax(1))
+
+
+@case(layers=("0.", "2."))
+def several_labels() -> Problem:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    return supervised(model, "binary_cross_entropy", inputs(9, 4), torch.randint(2, (9, 3)))
 
 
 @case(layers=("0.", "2."))
@@ -190,6 +213,25 @@ def cnn_1d() -> Problem:
     return supervised(model, "squared_error", inputs(7, 2, 6), inputs(7, 2))
 
 
+@case(layers=("0.", "1.", "3.", "4.", "8."))
+def normalized_cnn() -> Problem:
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 2),
+        norm,
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 2, groups=4),
+        nn.GroupNorm(2, 4),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+    return supervised(model, "squared_error", inputs(7, 1, 4, 4), classes(7, 2))
+
+
 class Pooled(nn.Module):
     """Linear layers on sequences (B, T, .), so that examples meet a weight at several positions."""
 
@@ -216,12 +258,12 @@ class Normalized(nn.Module):
         return self.last(torch.tanh(self.norm(self.first(x)))) * self.temperature
 
 
-@case(layers=("first.", "last."))
+@case(layers=("first.", "norm.", "last."))
 def layer_norm() -> Problem:
     return supervised(Normalized(), "cross_entropy", inputs(9, 4), classes(9, 3))
 
 
-@case(layers=("0.", "4."))
+@case(layers=("0.", "1.", "4."))
 def batch_norm() -> Problem:
     norm = nn.BatchNorm1d(5)
     norm.running_mean.normal_()
@@ -261,6 +303,24 @@ class TiedEmbedding(nn.Module):
 @case(layers=("mix.", "head.bias"))
 def tied_embedding() -> Problem:
     return supervised(TiedEmbedding(), "cross_entropy", torch.randint(6, (8, 3)), classes(8, 6))
+
+
+class PaddedEmbedding(nn.Module):
+    """A token whose vector is a constant for the backward pass, but not for forward mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(6, 3, padding_idx=0), nn.Linear(3, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embedding(tokens)).mean(1))
+
+
+@case(layers=("embedding.", "head."), forward_mode=False)
+def padded_embedding() -> Problem:
+    tokens = torch.randint(6, (8, 4))
+    tokens[:, -1] = 0
+    return supervised(PaddedEmbedding(), "cross_entropy", tokens, classes(8, 3))
 
 
 @case(layers=("0.bias", "2.weight", "4."))
@@ -310,12 +370,12 @@ class Recurrent(nn.Module):
         return self.head(self.recurrent(x)[0][:, -1])
 
 
-@case(layers=("head.",))
+@case(layers=("head.",), vmap=False)
 def gru() -> Problem:
     return supervised(Recurrent(nn.GRU), "cross_entropy", inputs(7, 3, 2), classes(7, 2))
 
 
-@case(layers=("head.",), forward_mode=False)
+@case(layers=("head.",), vmap=False, forward_mode=False)
 def lstm() -> Problem:
     return supervised(Recurrent(nn.LSTM), "squared_error", inputs(7, 3, 2), classes(7, 2))
 
@@ -376,6 +436,15 @@ def pick(tree: Any, index: Any) -> Any:
     if isinstance(tree, dict):
         return {key: pick(value, index) for key, value in tree.items()}
     return type(tree)(pick(value, index) for value in tree)
+
+
+def cast(tree: Any, dtype: torch.dtype) -> Any:
+    """A batch with its floating-point tensors in another precision."""
+    if isinstance(tree, Tensor):
+        return tree.to(dtype) if tree.is_floating_point() else tree
+    if isinstance(tree, dict):
+        return {key: cast(value, dtype) for key, value in tree.items()}
+    return type(tree)(cast(value, dtype) for value in tree)
 
 
 def split(batch: Any, sizes: list[int]) -> list[Any]:
@@ -486,19 +555,23 @@ class Reference:
         return torch.stack([torch.autograd.grad(g, w, retain_graph=True)[0] for g in gradient])
 
     @functools.cached_property
-    def ggn(self) -> Tensor:
-        """(1/N) Σ s_i J_iᵀ H_i J_i with the output Hessians written out: I, or diag(p) - p pᵀ."""
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """The outputs z_i, (N, C), and their Jacobians J_i, (N, C, P)."""
         w = self.w.clone().requires_grad_()
         with differentiable_attention():
             z = self.call(w)(self.problem.data[0])
-        total = torch.zeros(len(w), len(w), dtype=DOUBLE)
-        for s, z_i in zip(self.scale, z, strict=True):
-            J = torch.stack([torch.autograd.grad(z_ic, w, retain_graph=True)[0] for z_ic in z_i])
-            p = z_i.detach().softmax(0)
-            softmax = torch.diag(p) - torch.outer(p, p)
-            H_z = softmax if self.problem.loss == "cross_entropy" else torch.eye(len(p), dtype=DOUBLE)
-            total += s * J.T @ H_z @ J
-        return total / len(self.scale)
+        J = [torch.stack([torch.autograd.grad(z_ic, w, retain_graph=True)[0] for z_ic in z_i]) for z_i in z]
+        return z.detach(), torch.stack(J)
+
+    def gauss_newton(self, output_hessian: Callable[[Tensor], Tensor]) -> Tensor:
+        """(1/N) Σ s_i J_iᵀ H_i J_i."""
+        return sum(s * J.T @ output_hessian(z) @ J for s, z, J in zip(self.scale, *self.outputs, strict=True)) / len(
+            self.scale
+        )
+
+    @functools.cached_property
+    def ggn(self) -> Tensor:
+        return self.gauss_newton(OUTPUT_HESSIANS[self.problem.loss])
 
     @functools.cached_property
     def second_moment(self) -> Tensor:

@@ -42,7 +42,8 @@ def interaction_edge(run: Run) -> Verdict:
     logs = PlainDescent(run)
     if logs.refusal:
         return Verdict(name, "not applicable", logs.refusal)
-    x, s = logs.relative("instability"), logs.relative("sharpness")
+    steps, (loss, x, s) = logs.columns("loss", "instability", "sharpness")
+    x, s = x * logs.lr / 2, s * logs.lr / 2
     if logs.diverged:
         return Verdict(name, "does not hold", "the loss diverged")
     if len(x) < MIN_STEPS:
@@ -56,13 +57,13 @@ def interaction_edge(run: Run) -> Verdict:
         if rising.low > 0.01:
             return Verdict(name, "undecided", f"{last} and the sharpness still rises; train longer")
         return Verdict(name, "does not hold", f"{last} and the sharpness no longer rises")
-    at, sharp, falling = level(x[window]), level(s[window]), trend(np.log(logs.loss[window]))
+    at, sharp, falling = level(x[window]), level(s[window]), trend(np.log(loss[window]))
     above = float((x[window] > 1).mean())
     moved = float(np.divide(*np.sort(batch_medians(s, 20))[[-1, 0]]))
     decision: Decision
     if at.high < BAND[0] or at.low > BAND[1] or not 0.1 <= above <= 0.9:
         decision, reason = "does not hold", f"does not oscillate around 2/lr: above it at {above:.0%} of the steps"
-    elif sharp.low <= 1 and moved < 1.05:
+    elif moved < 1.05:
         decision, reason = "does not hold", "at 2/lr by balance of noise: the curvature never moved"
     elif at.low > BAND[0] and at.high < BAND[1] and falling.high < FALLING and sharp.low > 1:
         decision, reason = "holds", "oscillates around 2/lr while the loss falls and the sharpness is above 2/lr"
@@ -74,7 +75,7 @@ def interaction_edge(run: Run) -> Verdict:
     else:
         decision, reason = "undecided", "the level or the fall of the loss is not clear; train longer"
     details = {
-        "from_step": int(logs.steps[window][0]),
+        "from_step": int(steps[window][0]),
         "share_above": above,
         "sharpness": str(sharp),
         "log_loss_trend": str(falling),
@@ -114,7 +115,8 @@ def iir(runs: Sequence[Run]) -> Verdict:
         return Verdict(name, "does not hold", "a run diverged")
     rows = []
     for one in logs:
-        x, s = one.relative("instability"), one.relative("sharpness")
+        _, columns = one.columns("instability", "sharpness", "interaction_sharpness")
+        x, s, u = (column * one.lr / 2 for column in columns)
         if len(x) < MIN_STEPS:
             return Verdict(
                 name, "undecided", f"{len(x)} measured steps at b={one.batch_size}; needs at least {MIN_STEPS}"
@@ -126,7 +128,6 @@ def iir(runs: Sequence[Run]) -> Verdict:
                 name, "undecided", f"b={one.batch_size} has not settled and its sharpness still rises; train longer"
             )
         window = window or slice(len(x) // 2, None)
-        u = one.relative("interaction_sharpness")
         # ‖H‖_{S_b} over 2ρ_b/lr is x itself, because instability = ‖H‖_{S_b} / ρ_b
         rows.append((level(x[window]), float(np.median(u[window])), level(s[window]), rising))
     ratios, plateaus = [row[0] for row in rows], [row[1] for row in rows]
@@ -191,16 +192,17 @@ def quadratic_loss_difference(run: Run) -> Verdict:
     if logs.refusal:
         return Verdict(name, "not applicable", logs.refusal)
     edge = interaction_edge(run)
-    difference = run.series("expected_loss_difference")
+    names = ("instability", "sharpness", "expected_loss_difference", "gradient_norm")
+    _, (x, s, difference, norm) = logs.columns(*names)
     if edge.decision != "holds":
         return Verdict(
             name, "not applicable", f"interaction_edge: {edge.decision}, so there is no edge to compare with"
         )
-    x = logs.relative("instability")
-    y = difference.values / (logs.lr * run.series("gradient_norm").values ** 2)
-    before, line = _before(x, y, logs.relative("sharpness"))
+    x, s, y = x * logs.lr / 2, s * logs.lr / 2, difference / (logs.lr * norm**2)
+    before, line = _before(x, y, s)
     window = plateau(x)
-    assert window is not None  # interaction_edge holds
+    if window is None:
+        return Verdict(name, "undecided", "the loss difference was measured at too few steps of the plateau")
     unstable = np.flatnonzero((np.arange(len(x)) >= window.start) & (x > 1))
     if len(unstable) < 20:
         return Verdict(name, "undecided", f"{len(unstable)} unstable steps on the plateau; needs 20", details=line)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 
 from ..runs import Run
@@ -27,6 +25,7 @@ class PlainDescent:
         self.batch_size = training.get("batch_size")
         self.examples = training.get("objective", {}).get("examples")
         self.replacement = bool(training.get("replacement"))
+        self.trained_loss = training.get("trained_loss")
         self.lrs = np.unique(run.column("lr")[1])
 
     @property
@@ -40,35 +39,50 @@ class PlainDescent:
     @property
     def refusal(self) -> str | None:
         """Why the thresholds of plain descent do not apply, or None."""
+        if not self.run.records:
+            return "nothing was measured yet"
         if len(self.lrs) != 1:
             return f"the learning rate is not constant ({len(self.lrs)} values); thresholds are for a constant one"
         name = self.optimizer.get("name")
         if name != "SGD":
             return f"the optimizer is {name}; 2/lr is the threshold of plain SGD"
-        extra = [key for key in ("momentum", "weight_decay", "dampening", "nesterov") if self.optimizer.get(key)]
+        extra = [
+            key for key in ("momentum", "weight_decay", "dampening", "nesterov", "maximize") if self.optimizer.get(key)
+        ]
         if extra:
             return f"the optimizer uses {', '.join(extra)}; 2/lr is the threshold of plain SGD"
+        if self.optimizer.get("differing"):
+            return (
+                f"parameter groups differ in {', '.join(self.optimizer['differing'])}; 2/lr is that of a single group"
+            )
+        if self.trained_loss:
+            return f"training uses another loss than is measured: {self.trained_loss}"
         if not isinstance(self.batch_size, int):
             return "the batch size of training is not known; pass batch_size to train()"
         return None
 
-    def relative(self, name: str) -> np.ndarray:
-        """A curvature over the threshold 2/lr, at the measured steps; NaN where it has no value."""
-        return self.run.series(name).values * self.lr / 2
+    def columns(self, *names: str) -> tuple[np.ndarray, list[np.ndarray]]:
+        """The steps at which all of the named quantities have a value, and their values there.
 
-    @cached_property
-    def loss(self) -> np.ndarray:
-        return self.run.series("loss").values
+        A curve over batch sizes is read at the batch size of training.
 
-    @cached_property
-    def steps(self) -> np.ndarray:
-        return self.run.series("loss").steps
+        Raises:
+            KeyError: one was not measured, or is a curve without that batch size.
+        """
+        found = []
+        for name in names:
+            series = self.run.series(name)
+            if series.values.ndim > 1:
+                series = self.run.series(name, batch_size=self.batch_size)
+            found.append({int(t): float(v) for t, v in zip(series.steps, series.values, strict=True) if np.isfinite(v)})
+        steps = sorted(set.intersection(*(set(one) for one in found)))
+        return np.array(steps), [np.array([one[t] for t in steps]) for one in found]
 
     @property
     def diverged(self) -> bool:
         """The loss is not finite somewhere, or ends at more than twice its start."""
-        last = self.loss[-max(5, len(self.loss) // 20) :]
-        return not np.isfinite(self.loss).all() or bool(np.median(last) > 2 * self.loss[0])
+        loss = self.run.series("loss").values
+        return not np.isfinite(loss).all() or bool(np.median(loss[-max(5, len(loss) // 20) :]) > 2 * loss[0])
 
 
 def plateau_start(x: np.ndarray) -> int | None:

@@ -64,7 +64,10 @@ def estimate(
         return found
     n = len(samples)
     history: list[float] = at.carry.setdefault(("variance", key), [])
-    history.append(float(found.error) ** 2 * n / scale**2)
+    relative = float(found.error) / scale
+    if not math.isfinite(relative):
+        return found
+    history.append(relative * relative * n)
     del history[:-WINDOW]
     mean = sum(history) / len(history)
     return replace(found, error=scale * math.sqrt(mean / n), df=float(len(history) * (n - 1)))

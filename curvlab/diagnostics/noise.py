@@ -14,7 +14,7 @@ from ..measurement import Kind, Measurement, missing
 from ..operators import noise_share
 from ..snapshot import Snapshot
 from .estimation import default_probes
-from .registry import diagnostic
+from .registry import batch_sizes, diagnostic
 from .tracking import subspace_error, top_eigenpairs
 from .values import exact
 
@@ -29,9 +29,8 @@ def gradient_second_moment_trace(at: Snapshot, *, batch_size: BatchSizes = None)
 
     Source: Lee 2022, eq. 1 and 12.
     """
-    return over_batch_sizes(
-        at, batch_size if batch_size is not None else at.batch_size or 1, lambda b: second_moment(at, b)
-    )
+    asked = batch_size if batch_size is not None else at.batch_size
+    return over_batch_sizes(at, 1 if asked is None else asked, lambda b: second_moment(at, b))
 
 
 @diagnostic("Γ", formula="tr(C_1) = (1/N) Σ ‖g_i‖² - ‖∇L‖²", kind="exact", cost="1 gradient, shared")
@@ -291,9 +290,10 @@ def over_batch_sizes(
     """
     if batch_size is None:
         raise ValueError("batch_size is missing; pass batch_size=32, or a sequence of batch sizes")
-    if isinstance(batch_size, int):
-        return one(batch_size)
-    found = [one(int(b)) for b in batch_size]
+    sizes = batch_sizes(batch_size)
+    if isinstance(sizes, int):
+        return one(sizes)
+    found = [one(b) for b in sizes or ()]
     without = next((m for m in found if m.value is None), None)
     if without is not None:
         return without
@@ -309,6 +309,6 @@ def over_batch_sizes(
         kind,
         column("df"),
         column("floor"),
-        axis=("batch_size", tuple(int(b) for b in batch_size)),
+        axis=("batch_size", sizes),
         note=note,
     )

@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from ..measurement import Measurement, missing
@@ -19,7 +20,6 @@ NEEDS = {
     "lr": "pass lr=0.1, the learning rate of the step",
     "test": "pass test=Objective(model, loss, held_out_data)",
     "batch_gradient": "it exists while training: measure it with train()",
-    "preconditioner": "it belongs to Adam, AdamW or RMSprop: measure it while train() uses one of them",
 }
 
 
@@ -51,7 +51,7 @@ def diagnostic(
         formula: one line of plain text.
         kind: "exact", "bound" or "sem"; for the documentation, the result states its own.
         cost: in gradients of the data and products with the Hessian.
-        needs: what a snapshot must have: "batch_size", "lr", "test", "batch_gradient", "preconditioner".
+        needs: what a snapshot must have: "batch_size", "lr", "test", "batch_gradient".
 
     Raises:
         ValueError: a name that is taken, or an unknown need.
@@ -94,6 +94,20 @@ def parse(requests: Iterable[Request]) -> dict[str, dict[str, Any]]:
     return plan
 
 
+def batch_sizes(given: Any) -> int | tuple[int, ...] | None:
+    """A batch size, or several, as plain integers.
+
+    Raises:
+        ValueError: something else, or an empty sequence.
+    """
+    if given is None or isinstance(given, Integral):
+        return None if given is None else int(given)
+    listed = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else []
+    if not listed or not all(isinstance(b, Integral) for b in listed):
+        raise ValueError(f"batch_size is {given!r}; expected a whole number such as 32, or a sequence such as [8, 32]")
+    return tuple(int(b) for b in listed)
+
+
 def require(plan: Mapping[str, Mapping[str, Any]], available: Mapping[str, Any]) -> None:
     """Refuse, before anything is computed, diagnostics that need what is not there.
 
@@ -117,7 +131,7 @@ def evaluate(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, M
             started, spent = time.perf_counter(), at.matvecs
             try:
                 found = DIAGNOSTICS[name].function(at, **options)
-            except FloatingPointError as error:
+            except ArithmeticError as error:  # not finite, or so large that it overflows
                 found = missing(str(error))
             at.measurements[name] = dataclasses.replace(
                 found, matvecs=at.matvecs - spent, seconds=time.perf_counter() - started

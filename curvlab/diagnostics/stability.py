@@ -28,7 +28,6 @@ ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25)
     formula="largest eigenvalue of the preconditioned Hessian",
     kind="bound",
     cost="7-17 products, 2-5 when tracked",
-    needs=["preconditioner"],
 )
 def preconditioned_sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     """The sharpness that Adam, AdamW or RMSprop meets; compare with `curvlab.optimizers.stability_threshold`.
@@ -39,7 +38,7 @@ def preconditioned_sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     Source: Cohen et al. 2022 (arXiv 2207.14484), eq. 2; the threshold is 38/lr for Adam at β₁ = 0.9.
     """
     if at.preconditioner is None:
-        return missing("the preconditioner of amsgrad and centered variants is not known here")
+        return missing("there is no known preconditioner: measure it while train() uses Adam, AdamW or RMSprop")
     root = at.preconditioner.rsqrt()[:, None]
     H = at.hessian
     A = LinearOperator(lambda V: root * H.matmat(root * V), H.size, H.dtype, H.device, "the preconditioned Hessian")
@@ -67,7 +66,9 @@ def batch_sharpness(
 
     Source: Andreyev and Beneventano 2024 (arXiv 2412.20553).
     """
-    return _over_batches(at, batch_size, samples, target, budget, lambda curvature, norm, b: curvature / norm)
+    return _over_batches(
+        at, "batch_sharpness", batch_size, samples, target, budget, lambda curvature, norm, b: curvature / norm
+    )
 
 
 @diagnostic(
@@ -93,7 +94,7 @@ def batch_sharpness_of_means(
     def over_second_moment(curvature: Tensor, norm: Tensor, b: int) -> Tensor:
         return curvature / float(second_moment(at, b).value)  # type: ignore[arg-type]
 
-    return _over_batches(at, batch_size, samples, target, budget, over_second_moment)
+    return _over_batches(at, "batch_sharpness_of_means", batch_size, samples, target, budget, over_second_moment)
 
 
 @diagnostic(
@@ -222,6 +223,7 @@ def loss_along_step(at: Snapshot, *, alphas: Sequence[float] = ALPHAS) -> Measur
 
 def _over_batches(
     at: Snapshot,
+    name: str,
     batch_size: BatchSizes,
     samples: int | None,
     target: float | None,
@@ -245,7 +247,7 @@ def _over_batches(
 
         if noise_share(at.objective.size, b, at.replacement) == 0.0:  # every batch is the data set
             return exact(draw(1)[0], at.objective)
-        found = estimate(at, ("batch_curvature", b), draw, probes=count, target=target, budget=budget)
+        found = estimate(at, (name, b), draw, probes=count, target=target, budget=budget)
         return replace(found, floor=16 * torch.finfo(at.objective.dtype).eps * abs(float(found.value)))  # type: ignore[arg-type]
 
     return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, mean)

@@ -27,8 +27,8 @@ def fisher(L: Objective, w: Tensor | None = None) -> LinearOperator:
     Source: Novack et al. 2022 (arXiv 2211.15853), eq. 3; Martens 2020 (arXiv 1412.1193), sec. 9.
     """
     with L.measuring(), torch.no_grad():
-        at = L.leaves_at(L.params() if w is None else w)
-        outputs = L.outputs(at, L.first(1))
+        at = L.leaves_at(w)
+        outputs = L.outputs(at, L.first(2))
     if fisher_root(L.loss, outputs, torch.zeros_like(outputs)) is None:
         raise ValueError(
             "the Fisher needs the likelihood behind the loss; it is known for loss='cross_entropy', 'binary_cross_entropy' "

@@ -26,23 +26,23 @@ def ggn(
             the neural tangent kernel J Jᵀ over N (Jacot et al. 2018, arXiv 1806.07572).
 
     Raises:
-        TypeError: for a `batch_loss`, whose outputs are unknown.
+        TypeError: outputs that are no tensor, or unknown because a `batch_loss` calls the model itself.
         ValueError: another `output_hessian`.
 
     Source: Schraudolph 2002 (doi 10.1162/08997660260028683).
     """
     if output_hessian not in ("loss", "identity"):
         raise ValueError(f"output_hessian is {output_hessian!r}; expected 'loss' or 'identity'")
-    w = (L.params() if w is None else w).detach().clone()
-    chunks = L.chunks()
+    w = L.point(w)
+    chunks, constants = L.pieces(size=L.chunk_size), L.constants()
     keep = int(L.memory / 2 / max(1.0, L.graph_bytes * L.chunk_size))
     graphs: dict[int, _OutputGraph] = {}
 
     def matmat(V: Tensor) -> Tensor:
-        with L.measuring():
+        with L.measuring(constants):
             total = torch.zeros_like(V)
             for i, chunk in enumerate(chunks):
-                graph = graphs.get(i) or _OutputGraph(L, w, chunk, output_hessian)
+                graph = graphs.get(i) or _OutputGraph(L, w, L.place(chunk), output_hessian)
                 if i < keep:
                     graphs[i] = graph
                 total += torch.stack([graph.product(v.contiguous()) for v in V.T], 1)
@@ -52,7 +52,9 @@ def ggn(
         L.measuring(),
         torch.no_grad(),
     ):  # an objective without outputs is refused here, not at the first product
-        L.outputs(L.leaves_at(w), L.first(1))
+        outputs = L.outputs(L.leaves_at(w), L.first(2))
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"the model's outputs are a {type(outputs).__name__}; the GGN needs a tensor: wrap the model")
     return LinearOperator(matmat, L.num_params, L.dtype, L.device, name="the GGN")
 
 

@@ -58,7 +58,7 @@ def gradient_second_moment(
     Source: Lee 2022, sec. 2 and eq. 1.
     """
     share = noise_share(L.size, batch_size, replacement)
-    examples = examples or ExampleGradients(L, L.params() if w is None else w)
+    examples = examples or ExampleGradients(L, L.point(w))
     return _moment(L, examples, share, 1 - share, f"S_{batch_size}")
 
 
@@ -75,7 +75,7 @@ def gradient_covariance(
     Source: Lee 2022, eq. 1; C_1 is Smith et al. 2021's covariance, whose trace is Γ (eq. 22).
     """
     share = noise_share(L.size, batch_size, replacement)
-    examples = examples or ExampleGradients(L, L.params() if w is None else w)
+    examples = examples or ExampleGradients(L, L.point(w))
     return _moment(L, examples, share, -share, f"C_{batch_size}")
 
 

@@ -34,5 +34,5 @@ def hessian(
         >>> hessian(L) @ torch.ones(2)
         tensor([0.5000, 0.5000])
     """
-    products = products or HessianProducts(L, L.params() if w is None else w, engine=engine)
+    products = products or HessianProducts(L, L.point(w), engine=engine)
     return LinearOperator(products.matmat, L.num_params, L.dtype, L.device, name="the Hessian")

@@ -106,6 +106,10 @@ def build(experiment: Experiment, batch_size: int = 0) -> tuple[Objective, Objec
     from .data import digits, linear_regression
     from .models import cnn, linear, mlp
 
+    try:
+        torch.empty(0, device=experiment.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {experiment.device!r} cannot be used: {str(error).splitlines()[0]}") from None
     torch.set_num_threads(experiment.threads)
     dtype = getattr(torch, experiment.dtype)
     seed = experiment.init_seed

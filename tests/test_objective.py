@@ -1,0 +1,1007 @@
+"""The objective: one loss of one vector, whatever the model, the data and its split; and everything it refuses.
+
+Compared with a reference: value, gradient and per-example gradients, with `cases.py`, over all cases, chunkings and
+forms of data; and at random splits and weights. Behaviour only: what kinds of batches and options are understood,
+training mode, and the refusals. Of those there is one table: every `raise` of the files that it covers has a row, and
+a test sees to that.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import random
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, CHUNKINGS, FORMS, Listed, Recurrent, block, off, pick, solved, split
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import curvlab as cl
+from curvlab.batches import Examples
+from curvlab.diagnostics import DIAGNOSTICS
+from curvlab.diagnostics.values import exact
+from curvlab.hvp import ENGINES
+from curvlab.losses import correct
+from curvlab.per_example import ExampleGradients
+
+PACKAGE = Path(cl.__file__).parent
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+repeatable = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+
+
+def seeded(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+X, Y = seeded(12, 4), torch.arange(12) % 3
+INDEX = torch.tensor([4, 0, 4, 2])
+
+
+def linear(d_in=4, d_out=3, **options):
+    layer = nn.Linear(d_in, d_out, **options).double()
+    for i, p in enumerate(layer.parameters()):
+        p.data = seeded(*p.shape, seed=i)
+    return layer
+
+
+def objective(model=None, loss="cross_entropy", data=(X, Y), **options):
+    return cl.Objective(linear() if model is None else model, loss, data, **options)
+
+
+# -- the numbers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+@each_case
+def test_value_gradient_and_example_gradients(case, chunking):
+    problem, reference = solved(case.name)
+    L = problem.objective(chunk_size=CHUNKINGS[chunking])
+    w, rows = reference.w, reference.rows
+    value, gradient, found = L.value(w), L.gradient(w), L.example_gradients(w)
+    assert (L.size, L.num_params) == (len(rows), len(w))
+    assert value.dtype == torch.float64
+    assert abs(float(value) - reference.value) < 1e-14 * abs(reference.value)
+    assert off(gradient, reference.gradient) < 1e-13
+    assert off(found, rows) < 1e-13
+    assert off(found.mean(0), gradient) < 1e-13
+    assert off(L.example_gradients(w, INDEX), rows[INDEX]) < 1e-13
+    assert off(L.gradient(w, INDEX), rows[INDEX].mean(0)) < 1e-13
+    losses = reference.losses(w) * reference.scale
+    assert abs(float(L.value(w, INDEX) - losses[INDEX].mean())) < 1e-14 * float(losses.abs().max())
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "tensors"])
+@each_case
+def test_every_form_of_data_gives_the_same_objective(case, form):
+    problem, reference = solved(case.name)
+    L = problem.objective(form=form)
+    assert L.size == problem.size
+    assert abs(float(L.value(reference.w)) - reference.value) < 1e-14 * abs(reference.value)
+    assert off(L.example_gradients(reference.w), reference.rows) < 1e-13
+
+
+@each_case
+def test_a_batch_as_it_is_gives_what_its_indices_give(case):
+    problem, reference = solved(case.name)
+    L, batch = problem.objective(), pick(problem.data, INDEX)
+    if problem.weights is None:
+        assert torch.equal(L.gradient(reference.w, batch), L.gradient(reference.w, INDEX))
+        assert torch.equal(L.value(reference.w, batch), L.value(reference.w, INDEX))
+
+
+def partitions(n):
+    """Sizes of the parts of n examples."""
+    return st.lists(st.booleans(), min_size=n - 1, max_size=n - 1).map(
+        lambda cuts: [len(part) for part in "".join(" x" if cut else "x" for cut in [False, *cuts]).split(" ")]
+    )
+
+
+@given(sizes=partitions(8), chunk_size=st.integers(1, 9), weights=st.lists(st.integers(0, 3), min_size=8, max_size=8))
+@repeatable
+def test_how_the_data_is_split_changes_no_number(sizes, chunk_size, weights):
+    x, y = X[:8], Y[:8]
+    s = None if sum(weights) == 0 else torch.tensor(weights)
+    model, w = linear(), seeded(15, seed=1)
+    whole = objective(model, data=(x, y), weights=s)
+    parts = objective(model, data=split((x, y), sizes), weights=s, chunk_size=chunk_size)
+    scale = torch.ones(8).double() if s is None else s.double() / s.double().mean()
+    z = w.clone().requires_grad_()
+    losses = F.cross_entropy(x @ z[:12].view(3, 4).T + z[12:], y, reduction="none")
+    mean = (scale * losses).mean()
+    (gradient,) = torch.autograd.grad(mean, z)
+    for L in (whole, parts):
+        assert abs(float(L.value(w) - mean.detach())) < 1e-14
+        assert off(L.gradient(w), gradient, 1.0) < 1e-14
+    v = seeded(15, seed=2)
+    assert off(cl.hessian(parts, w) @ v, cl.hessian(whole, w) @ v, 1.0) < 1e-14
+    assert off(cl.ggn(parts, w) @ v, cl.ggn(whole, w) @ v, 1.0) < 1e-14
+    assert off(parts.example_gradients(w), whole.example_gradients(w), 1.0) < 1e-14
+
+
+class Pooled(nn.Module):
+    """Of sequences of any length."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = linear(2)
+
+    def forward(self, x):
+        return torch.tanh(self.layer(x)).mean(1)
+
+
+LENGTHS = (3, 3, 1, 4, 4, 4, 2, 2)  # batches that cannot be joined
+
+
+def ragged(together):
+    """Sequences of those lengths as batches; `together[i]` leaves i and i + 1 in one batch if it can."""
+    examples = [(seeded(1, T, 2, seed=i), Y[i : i + 1]) for i, T in enumerate(LENGTHS)]
+    batches = [examples[0]]
+    for i, (x, y) in enumerate(examples[1:]):
+        before = batches[-1]
+        if together[i] and before[0].shape[1] == x.shape[1]:
+            batches[-1] = (torch.cat([before[0], x]), torch.cat([before[1], y]))
+        else:
+            batches.append((x, y))
+    return batches
+
+
+@given(together=st.lists(st.booleans(), min_size=7, max_size=7), chunk_size=st.integers(1, 8))
+@repeatable
+def test_how_sequences_of_different_lengths_are_split_changes_no_number(together, chunk_size):
+    model, w = Pooled(), seeded(9, seed=1)
+    L = objective(model, data=ragged(together), chunk_size=chunk_size)
+    alone = [objective(model, data=batch) for batch in ragged([False] * 7)]
+    rows = torch.stack([one.gradient(w) for one in alone])
+    assert L.size == 8
+    assert abs(float(L.value(w)) - sum(float(one.value(w)) for one in alone) / 8) < 1e-14
+    assert off(L.example_gradients(w), rows) < 1e-13
+    assert off(L.gradient(w), rows.mean(0)) < 1e-13
+    v = seeded(9, seed=2)
+    assert off(cl.hessian(L, w) @ v, sum(cl.hessian(one, w) @ v for one in alone) / 8) < 1e-13
+
+
+def test_example_gradients_come_in_the_order_of_the_indices():
+    L = objective(Pooled(), data=ragged([True] * 7))
+    index = torch.tensor([5, 0, 7, 0, 2])
+    assert off(L.example_gradients(batch=index), L.example_gradients()[index]) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_are_relative_to_their_mean(dtype):
+    s = torch.arange(12.0).double()
+    L, scaled = (objective(weights=c * s, dtype=dtype) for c in (1, 40))
+    rows = objective().example_gradients()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+    assert off(L.example_gradients(), s[:, None] / s.mean() * rows) < tolerance
+    assert off(L.gradient(), (s[:, None] * rows).sum(0) / s.sum()) < tolerance
+    assert off(L.gradient(), scaled.gradient().double()) < tolerance
+    assert off(objective(weights=torch.full((12,), 0.3)).gradient(), objective().gradient()) < 1e-14
+
+
+def test_accuracy():
+    model = linear()
+    right = (model(X).argmax(1) == Y).double()
+    weights = torch.arange(12.0).double()
+    assert float(objective(model, chunk_size=5).accuracy()) == float(right.mean())
+    found = objective(model, weights=weights, chunk_size=5).accuracy()
+    assert abs(float(found) - float((right * weights).sum() / weights.sum())) < 1e-15
+    one_hot = F.one_hot(Y, 3).double()
+    assert float(objective(model, data=(X, one_hot)).accuracy()) == float(right.mean())
+    assert objective(model, "squared_error", (X, X[:, :3])).accuracy() is None
+    assert objective(linear(4, 1), "squared_error", (X, X[:, :1])).accuracy() is None
+    assert objective(model, cl.batch_loss(lambda m, b: m(b[0]).square().sum(1))).accuracy() is None
+    assert correct("text", Y) is None
+
+
+# -- points --------------------------------------------------------------------------------------------------------
+
+
+@each_case
+def test_flat_vectors_and_named_shapes_are_the_same(case):
+    problem, _ = solved(case.name)
+    L, live = problem.objective(), dict(problem.model.named_parameters())
+    w = L.params()
+    named = L.unflatten(w)
+    assert list(named) == L.names == [name for name, p in live.items() if p.requires_grad]
+    assert all(torch.equal(value, live[name]) for name, value in named.items())
+    assert torch.equal(L.join(L.split(w)), w)
+    assert torch.equal(L.join(list(named.values())), w)
+    assert [tuple(part.shape) for part in L.split(w)] == [tuple(shape) for shape in L.shapes]
+    named[L.names[-1]].fill_(7.0)  # views
+    assert bool((w[-L.sizes[-1] :] == 7).all())
+    assert not torch.equal(L.params(), w)  # a copy
+
+
+def test_columns_of_a_block_can_be_unflattened():
+    L = objective()
+    V = block(L.num_params, 3)
+    assert torch.equal(L.join(L.split(V[:, 1])), V[:, 1])
+
+
+def test_tied_weights_count_once():
+    for name, size in (("tied_linear", 64), ("tied_embedding", 50)):
+        problem, _ = solved(name)
+        assert problem.objective().num_params == size == sum(p.numel() for p in problem.model.parameters())
+
+
+def test_a_point_may_be_given_in_any_precision_and_is_not_written_to():
+    L, w = objective(), seeded(15, seed=3).float()
+    before = w.clone()
+    assert torch.equal(L.gradient(w), L.gradient(w.double()))
+    assert torch.equal(w, before)
+    assert not L.gradient(w.double().requires_grad_()).requires_grad
+
+
+def test_default_point_is_where_training_stands():
+    model = linear()
+    L = objective(model)
+    before = L.value()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()  # no gradients: no step
+    assert L.value() == before
+    with torch.no_grad():
+        model.bias.add_(torch.tensor([1.0, 0.0, 0.0]))
+    assert L.value() != before
+    assert torch.equal(L.params()[12:], model.bias)
+
+
+def compiled(kind):
+    layers = [linear(), nn.Tanh(), linear(3)]
+    if kind == "part":
+        layers[0] = torch.compile(layers[0], backend="aot_eager")
+    model = nn.Sequential(*layers)
+    if kind == "in_place":
+        model.compile(backend="aot_eager")
+    return torch.compile(model, backend="aot_eager") if kind == "whole" else model
+
+
+@pytest.mark.parametrize("kind", ["whole", "in_place", "part"])
+def test_compiled_models_are_measured_eagerly(kind):
+    L, eager = objective(compiled(kind)), objective(compiled("not"))
+    v = block(L.num_params)
+    assert torch.equal(L.gradient(), eager.gradient())
+    assert torch.equal(cl.hessian(L) @ v, cl.hessian(eager) @ v)
+
+
+def test_an_objective_says_what_it_is():
+    L = objective(weights=torch.ones(12), chunk_size=5, memory="1MB")
+    assert L.describe() == {
+        "examples": 12, "parameters": 15, "model": "Linear", "loss": "cross_entropy", "mode": "eval",
+        "dtype": "torch.float64", "device": "cpu", "chunk_size": 5, "memory": 10**6, "weighted": True,
+    }  # fmt: skip
+
+
+# -- batches -------------------------------------------------------------------------------------------------------
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x, shift=None):
+        return self.layer(x) + shift
+
+
+@dataclass
+class Record:
+    x: torch.Tensor
+    y: torch.Tensor
+    source: str = "text"
+
+
+Named = namedtuple("Named", ["x", "y"])
+SHIFT = X[:, :3]
+KINDS_OF_INPUTS = {
+    "tuple": (X, SHIFT),
+    "list": [X, SHIFT],
+    "dict": {"x": X, "shift": SHIFT},
+    "ordered": OrderedDict(shift=SHIFT, x=X),
+    "mapping": UserDict(x=X, shift=SHIFT),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_INPUTS)
+def test_inputs_of_several_tensors_are_passed_on_by_place_or_name(kind):
+    model = TwoInputs()
+    L = objective(model, data=(KINDS_OF_INPUTS[kind], Y), chunk_size=5)
+    expected = F.cross_entropy(model(X, SHIFT), Y)
+    assert abs(float(L.value() - expected.detach())) < 1e-14
+    assert off(L.example_gradients().mean(0), torch.cat([g.flatten() for g in grad(expected, model)])) < 1e-13
+
+
+def grad(value, model):
+    return torch.autograd.grad(value, list(model.parameters()))
+
+
+KINDS_OF_BATCHES = {
+    "tuple": ((X, Y), lambda b: (b[0], b[1])),
+    "list_of_tuples": ([(X[:7], Y[:7]), (X[7:], Y[7:])], lambda b: (b[0], b[1])),
+    "dict": ({"x": X, "y": Y, "name": "text", "nothing": None}, lambda b: (b["x"], b["y"])),
+    "dict_of_list": ({"both": [X, Y]}, lambda b: b["both"]),
+    "mapping": (UserDict(x=X, y=Y), lambda b: (b["x"], b["y"])),
+    "dataclass": (Record(X, Y), lambda b: (b.x, b.y)),
+    "list_of_dataclasses": ([Record(X[:5], Y[:5]), Record(X[5:], Y[5:])], lambda b: (b.x, b.y)),
+    "different_remarks": ([Record(X[:5], Y[:5], "a"), Record(X[5:], Y[5:], "b")], lambda b: (b.x, b.y)),
+    "namedtuple": (Named(X, Y), lambda b: (b.x, b.y)),
+    "tensor": (torch.cat([X, Y[:, None]], 1), lambda b: (b[:, :4], b[:, 4].long())),
+    "dataset": (TensorDataset(X, Y), lambda b: (b[0], b[1])),
+    "unbatched_loader": (DataLoader([(X[:7], Y[:7]), (X[7:], Y[7:])], batch_size=None), lambda b: (b[0], b[1])),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_BATCHES)
+def test_a_batch_loss_takes_any_tree_of_tensors(kind):
+    data, read = KINDS_OF_BATCHES[kind]
+    model = linear()
+
+    def loss(model, batch):
+        x, y = read(batch)
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    L, plain = objective(model, cl.batch_loss(loss), data, chunk_size=4), objective(model)
+    assert L.size == 12
+    assert abs(float(L.value() - plain.value())) < 1e-14
+    assert off(L.example_gradients(), plain.example_gradients()) < 1e-13
+    v = seeded(15, seed=2)
+    assert off(cl.hessian(L) @ v, cl.hessian(plain) @ v) < 1e-13
+    assert off(ExampleGradients(L, L.params()).squared_norms(), plain.example_gradients().square().sum(1)) < 1e-13
+
+
+def test_batches_with_different_scalars_are_not_joined():
+    def loss(model, batch):
+        return batch["scale"] * model(batch["x"]).square().sum(1)
+
+    batches = [{"x": x, "scale": torch.tensor(s)} for x, s in ((X[:5], 1.0), (X[5:], 100.0))]
+    model = linear()
+    expected = sum(float(loss(model, batch).detach().sum()) for batch in batches) / 12
+    assert abs(float(objective(model, cl.batch_loss(loss), batches).value()) - expected) < 1e-12
+
+
+def test_equal_batches_are_joined_and_others_are_kept():
+    assert len(Examples(split((X, Y), [5, 3, 4]), pairs=True).batches) == 1
+    assert len(Examples(ragged([True] * 7), pairs=True).batches) == 4
+    examples = Examples([(X, Y), (X.float(), Y)], pairs=True)
+    assert (len(examples.batches), len(examples), examples.size) == (2, 24, 24)
+    assert examples.nbytes() == X.nbytes + X.nbytes // 2 + 2 * Y.nbytes
+
+
+@pytest.mark.parametrize("options", [{"shuffle": True}, {"shuffle": True, "drop_last": True}, {"num_workers": 2}])
+def test_a_loader_is_read_in_order_without_moving_random_states(options):
+    model, loader = linear(), DataLoader(TensorDataset(X, Y), batch_size=5, **options)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    L = objective(model, data=loader)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])
+    assert torch.equal(L.examples.batches[0][0], X)
+    assert torch.equal(L.examples.batches[0][1], Y)
+
+
+def test_data_and_weights_made_in_inference_mode_can_be_differentiated():
+    expected = objective(weights=torch.arange(12)).gradient()
+    with torch.inference_mode():
+        L = objective(data=(X.float(), Y.clone()), weights=torch.arange(12))
+        assert off(L.gradient(), expected.clone()) < 1e-7
+    assert off(L.gradient(), expected) < 1e-7
+    with torch.inference_mode():
+        assert torch.equal(objective(weights=torch.arange(12)).gradient(), expected)
+
+
+def test_loss_modules_follow_the_objective_in_precision():
+    weight = torch.tensor([0.5, 1.0, 2.0])
+    L = objective(linear().float(), nn.CrossEntropyLoss(weight=weight, reduction="none"), dtype=torch.float64)
+    expected = F.cross_entropy(linear()(X), Y, weight=weight.double(), reduction="none").mean()
+    assert abs(float(L.value() - expected.detach())) < 1e-6
+
+
+# -- mini-batches of training --------------------------------------------------------------------------------------
+
+
+@given(
+    n=st.integers(1, 9), b=st.integers(1, 12), seed=st.integers(0, 5), kind=st.sampled_from(["epochs", "with", "own"])
+)
+@repeatable
+def test_batches_draw_as_they_say(n, b, seed, kind):
+    b = b if kind == "with" else min(b, n)
+    batches = cl.Batches(n, b, steps=4, seed=seed, epochs=kind == "epochs", replacement=kind == "with")
+    drawn = list(batches)
+    assert len(drawn) == len(batches) == 4
+    assert all(torch.equal(a, c) for a, c in zip(drawn, batches, strict=True))  # the same again
+    for batch in drawn:
+        assert batch.dtype == torch.int64
+        assert batch.shape == (b,)
+        assert 0 <= int(batch.min()) <= int(batch.max()) < n
+        assert kind == "with" or len(batch.unique()) == b
+    if kind == "epochs":
+        first = torch.cat(drawn[: max(1, n // b)])[: n // b * b]
+        assert len(first.unique()) == min(len(first), 4 * b)
+    if b == n and kind != "with":
+        assert torch.equal(drawn[0], torch.arange(n))
+
+
+# -- memory and chunks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("2GiB", 2**31),
+        ("500MB", 5 * 10**8),
+        ("1.5 kb", 1500),
+        (1000, 1000),
+        ("64B", 64),
+        ("10 KiB", 10240),
+        (1e3, 1000),
+    ],
+)
+def test_memory_is_bytes_or_text(given, expected):
+    assert objective(memory=given).memory == expected
+
+
+def test_memory_has_a_default():
+    assert objective().memory > 10**6
+
+
+def test_chunks_take_at_most_a_quarter_of_the_memory():
+    L = solved("layer_norm")[0].objective()
+    per_example = L.graph_bytes
+    assert per_example > 8 * 20  # the activations alone
+    for k in (1, 2, 5):
+        assert solved("layer_norm")[0].objective(memory=int(4 * k * per_example) + 1).chunk_size == k
+    assert solved("layer_norm")[0].objective(memory=1).chunk_size == 1
+    assert L.chunk_size == L.size
+    assert objective(chunk_size=100).chunk_size == 12
+
+
+def test_memory_of_a_graph_is_known_when_the_first_batch_is_a_single_example():
+    data = ragged([True] * 7)
+    L = objective(Pooled(), data=[data[1], *data[:1], *data[2:]])
+    assert L.graph_bytes > 8 * 3  # the activations of one position
+
+
+def test_chunks_are_consecutive_and_within_their_size():
+    L = objective(data=ragged([True] * 7), model=Pooled(), chunk_size=2)
+    chunks = list(L.chunks())
+    assert [chunk.size for chunk in chunks] == [2, 1, 2, 1, 2]
+    assert [(c.positions.start, c.positions.stop) for c in chunks] == [(0, 2), (2, 3), (3, 5), (5, 6), (6, 8)]
+
+
+def test_large_data_stays_where_it_is():
+    data = (X.float(), Y)
+    L = objective(data=data, memory=X.nbytes)
+    assert L.examples.batches[0][0].dtype == torch.float32
+    assert next(iter(L.chunks())).batch[0].dtype == torch.float64
+    assert off(L.gradient(), objective().gradient()) < 1e-6
+
+
+# -- training mode -------------------------------------------------------------------------------------------------
+
+
+class ByHand(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x):
+        return self.layer(F.dropout(x, 0.5, self.training))
+
+
+class AttentionWithDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True), linear()
+
+    def forward(self, x):
+        x = x.view(-1, 1, 4).expand(-1, 2, -1)
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def dropout_mlp():
+    return nn.Sequential(linear(4, 5), nn.Tanh(), nn.Dropout(0.5), linear(5, 3)).double()
+
+
+@pytest.mark.parametrize("model", [dropout_mlp, ByHand, lambda: AttentionWithDropout().double()])
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_dropout_in_training_mode_is_one_fixed_mask(model, chunk_size):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model()
+    L = objective(model, mode="train", chunk_size=chunk_size)
+    w, v = L.params(), block(L.num_params)
+    assert L.value(w) == L.value(w)
+    assert L.value(w) != objective(model).value(w)
+    H = cl.hessian(L, w)
+    HV = H @ v
+    assert torch.equal(HV, H @ v)
+    assert off(v.T @ HV, (v.T @ HV).T) < 1e-13
+    for engine in ENGINES:
+        assert off(cl.hessian(L, w, engine=engine) @ v, HV) < 1e-13
+    rows = L.example_gradients(w)
+    assert off(rows.mean(0), L.gradient(w)) < 1e-13
+    assert off(ExampleGradients(L, w).squared_norms(), rows.square().sum(1)) < 1e-13
+    h = 1e-5 * v[:, 0]
+    assert off((L.gradient(w + h) - L.gradient(w - h)) / 2e-5, HV[:, 0]) < 1e-7
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_puts_flags_and_random_states_back(training):
+    model = dropout_mlp().train(training)
+    before = torch.get_rng_state()
+    L = objective(model, mode="train")
+    L.gradient()
+    cl.hessian(L) @ L.params()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training == training for module in model.modules())
+
+
+def test_training_mode_leaves_frozen_layers_frozen():
+    model = nn.Sequential(linear(4, 5), nn.BatchNorm1d(5).double().eval(), nn.Tanh(), linear(5, 3))
+    model[1].running_mean.normal_(generator=torch.Generator().manual_seed(0))
+    assert torch.equal(objective(model, mode="train").gradient(), objective(model, mode="eval").gradient())
+    assert not model[1].training
+    assert model.training
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(5), nn.BatchNorm1d(5, track_running_stats=False)])
+def test_batch_norm_in_training_mode_is_a_function_of_the_whole_batch(norm):
+    model = nn.Sequential(linear(4, 5), norm.double(), nn.Tanh(), linear(5, 3)).train()
+    L = objective(model, mode="train")
+    w = L.params().requires_grad_()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    copies = {name: b.clone() for name, b in model.named_buffers()}
+    value = F.cross_entropy(torch.func.functional_call(model, {**L.unflatten(w), **copies}, (X,)), Y)
+    (gradient,) = torch.autograd.grad(value, w, create_graph=True)
+    H = torch.stack([torch.autograd.grad(g, w, retain_graph=True)[0] for g in gradient])
+    assert abs(float(L.value() - value.detach())) < 1e-14
+    assert off(L.gradient(), gradient.detach()) < 1e-13
+    for engine in ENGINES:
+        assert off(cl.dense(cl.hessian(L, engine=engine)), H) < 1e-13
+    cl.ggn(L) @ L.params()
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+class Streaming(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+class Endless(Dataset):
+    def __getitem__(self, i):
+        return X[0], Y[0]
+
+
+class Augmented(Listed):
+    def __getitem__(self, i):
+        self.reads = getattr(self, "reads", 0) + 1
+        x, y = super().__getitem__(i)
+        return x + self.reads, y
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * random.random()
+
+
+class Centered(nn.Linear):
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.body, self.head, self.reentrant = linear(), linear(3), reentrant
+
+    def forward(self, x):
+        return self.head(checkpoint(lambda x: torch.tanh(self.body(x)), x, use_reentrant=self.reentrant))
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Rewriting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(3, 3, max_norm=1e-3)
+
+    def forward(self, tokens):
+        return self.embedding(tokens)
+
+
+def with_value(value, tensor, i):
+    tensor = tensor.clone()
+    tensor[i] = value
+    return tensor
+
+
+def broken(value):
+    model = linear()
+    model.bias.data[1] = value
+    return model
+
+
+def mixed():
+    return nn.Sequential(linear(), nn.Linear(3, 3).float())
+
+
+def normalized(**options):
+    return nn.Sequential(linear(), nn.BatchNorm1d(3, **options).double())
+
+
+def snapshot(**options):
+    L = objective()
+    return cl.Snapshot(L, L.params(), **options)
+
+
+def diagnostic(name, at, **options):
+    return DIAGNOSTICS[name].function(at, **options)
+
+
+def registered(name, needs=()):
+    def function(at):
+        raise NotImplementedError
+
+    function.__name__ = name
+    return cl.diagnostic("x", formula="x", kind="exact", cost="none", needs=needs)(function)
+
+
+def measure(*names, L=None, **options):
+    return cl.measure(objective() if L is None else L, names, **options)
+
+
+def train(model=None, **options):
+    model = linear() if model is None else model
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    return list(cl.train(objective(model), sgd, cl.Batches(12, 4, 1), **options))
+
+
+def own(outputs, targets):
+    return outputs.square().sum(1)
+
+
+REFUSALS = {
+    # objective.py
+    "mode": (ValueError, "mode is 'test'; expected 'eval' or 'train'", lambda: objective(mode="test")),
+    "chunk_size": (ValueError, "chunk_size is 0; expected at least 1", lambda: objective(chunk_size=0)),
+    "point": (ValueError, r"w has shape \(3,\); expected \(15,\)", lambda: objective().value(torch.ones(3))),
+    "column": (ValueError, r"w has shape \(15, 1\)", lambda: objective().gradient(torch.ones(15, 1))),
+    "foreign_batch_of_weighted": (
+        ValueError,
+        "weights of a foreign batch are unknown",
+        lambda: objective(weights=torch.ones(12)).value(batch=(X, Y)),
+    ),
+    "reduced_function": (
+        ValueError,
+        r"the loss returned shape \(\) for a batch of 8; expected \(8,\)",
+        lambda: objective(loss=F.cross_entropy),
+    ),
+    "loss_per_output": (
+        ValueError,
+        r"the loss returned shape \(8, 3\)",
+        lambda: objective(loss=nn.MSELoss(reduction="none"), data=(X, X[:, :3])),
+    ),
+    "loss_no_tensor": (ValueError, "the loss returned a float", lambda: objective(loss=lambda z, y: 1.0)),
+    "ggn_of_batch_loss": (
+        TypeError,
+        "a batch_loss calls the model itself",
+        lambda: cl.ggn(objective(loss=cl.batch_loss(lambda m, b: own(m(b[0]), 0)))),
+    ),
+    "ggn_of_a_tuple": (
+        TypeError,
+        "outputs",
+        lambda: cl.ggn(objective(Pair(4, 3).double(), lambda z, y: own(z[0], y))),
+    ),
+    "example_gradients_of_batch_norm": (
+        ValueError,
+        r"per-example gradients do not exist in mode='train': 1 \(BatchNorm1d\) couples",
+        lambda: objective(normalized(), mode="train").example_gradients(),
+    ),
+    "captures_of_batch_norm": (
+        ValueError,
+        "per-example gradients do not exist",
+        lambda: cl.gradient_covariance(objective(normalized(), mode="train"), batch_size=2),
+    ),
+    "weights_shape": (
+        ValueError,
+        r"weights have shape \(3,\); expected \(12,\)",
+        lambda: objective(weights=torch.ones(3)),
+    ),
+    "weights_negative": (
+        ValueError,
+        "finite non-negative",
+        lambda: objective(weights=with_value(-1, torch.ones(12), 2)),
+    ),
+    "weights_zero": (ValueError, "not all zero", lambda: objective(weights=torch.zeros(12))),
+    "weights_nan": (ValueError, "finite non-negative", lambda: objective(weights=torch.full((12,), math.nan))),
+    "weights_infinite": (
+        ValueError,
+        "finite non-negative",
+        lambda: objective(weights=with_value(math.inf, torch.ones(12), 10)),
+    ),
+    # checks.py
+    "lazy": (ValueError, "parameter weight has no shape yet; run the model once", lambda: objective(nn.LazyLinear(3))),
+    "all_frozen": (
+        ValueError,
+        "no parameter with requires_grad=True",
+        lambda: objective(linear().requires_grad_(False)),
+    ),
+    "sparse": (
+        ValueError,
+        "module 0 gives sparse gradients, which have no second derivative; set sparse=False",
+        lambda: objective(nn.Sequential(nn.Embedding(3, 4, sparse=True), linear()).double(), data=(Y, Y)),
+    ),
+    "no_parameters": (ValueError, "no parameter with requires_grad=True", lambda: objective(nn.Identity())),
+    "mixed": (ValueError, r"dtypes \['torch.float32', 'torch.float64'\].*model.float\(\)", lambda: objective(mixed())),
+    "complex": (ValueError, "expected one real dtype", lambda: objective(nn.Linear(4, 3, dtype=torch.complex64))),
+    "half": (ValueError, "dtype is torch.bfloat16; curvature needs", lambda: objective(linear().bfloat16())),
+    "asked_half": (ValueError, "dtype is torch.float16; curvature needs", lambda: objective(dtype=torch.float16)),
+    "memory": (ValueError, "memory is 'much'; expected a number of bytes", lambda: objective(memory="much")),
+    "memory_unit": (ValueError, "memory is '2TiB'", lambda: objective(memory="2TiB")),
+    "memory_negative": (ValueError, "memory is -1", lambda: objective(memory=-1)),
+    "memory_infinite": (ValueError, "memory is 'inf'; expected a number of bytes", lambda: objective(memory="inf")),
+    "nan_input": (
+        ValueError,
+        "not finite, in example 9; clean the data",
+        lambda: objective(data=split((with_value(math.nan, X, 9), Y), [5, 7])),
+    ),
+    "infinite_target": (
+        ValueError,
+        "not finite, in example 2",
+        lambda: objective(loss="squared_error", data=(X, with_value(math.inf, SHIFT, 2))),
+    ),
+    "batch_norm_chunked": (
+        ValueError,
+        r"1 \(BatchNorm1d\) uses the statistics of the batch",
+        lambda: objective(normalized(), mode="train", chunk_size=5),
+    ),
+    "batch_norm_untracked": (
+        ValueError,
+        "uses the statistics of the batch",
+        lambda: objective(normalized(track_running_stats=False)),
+    ),
+    "loss_not_finite": (
+        ValueError,
+        "the loss of example 3 is nan at the model's current parameters",
+        lambda: objective(
+            loss=lambda z, y: own(z, y) + torch.where(y == 99, math.nan, 0.0), data=(X, with_value(99, Y, 3))
+        ),
+    ),
+    "random": (
+        ValueError,
+        "differs between two evaluations: the model is random",
+        lambda: objective(Noisy(4, 3).double()),
+    ),
+    "coupled": (ValueError, "depends on the other examples of its batch", lambda: objective(Centered(4, 3).double())),
+    "batch_average": (
+        ValueError,
+        "depends on the other examples of its batch",
+        lambda: objective(loss=lambda z, y: own(z, y).mean().expand(len(z))),
+    ),
+    "diverged_parameter": (
+        ValueError,
+        "parameter bias holds values that are not finite",
+        lambda: objective(broken(math.nan)),
+    ),
+    "rewriting": (
+        ValueError,
+        r"parameter embedding.weight is rewritten by the model's own forward pass",
+        lambda: objective(Rewriting().double(), data=(Y, Y)),
+    ),
+    "checkpointed": (ValueError, "checkpoint", lambda: objective(Checkpointed(False))),
+    # batches.py
+    "no_batch": (ValueError, "data holds no batch", lambda: objective(data=[])),
+    "index_above": (
+        IndexError,
+        "indices run from 0 to 12; expected 0 to 11",
+        lambda: objective().value(batch=torch.tensor([0, 12])),
+    ),
+    "index_below": (IndexError, "indices run from -1 to 3", lambda: objective().value(batch=torch.tensor([3, -1]))),
+    "no_index": (ValueError, "empty", lambda: objective().value(batch=torch.empty(0, dtype=torch.int64))),
+    "no_index_gradient": (ValueError, "empty", lambda: objective().gradient(batch=torch.empty(0, dtype=torch.int64))),
+    "lengths_differ": (ValueError, r"have shapes \[\(12, 4\), \(5,\)\]", lambda: objective(data=(X, Y[:5]))),
+    "no_tensors": (ValueError, r"have shapes \[\]", lambda: objective(data=(X.numpy(), Y.numpy()))),
+    "empty_batch": (ValueError, "a batch is empty", lambda: objective(data=[(X, Y), (X[:0], Y[:0])])),
+    "batch_size_zero": (ValueError, "batch_size is 0; expected 1 to 12", lambda: cl.Batches(12, 0, 1)),
+    "batch_size_above": (ValueError, "batch_size is 13; expected 1 to 12", lambda: cl.Batches(12, 13, 1)),
+    "epochs": (ValueError, "cannot draw with replacement", lambda: cl.Batches(12, 4, 1, replacement=True, epochs=True)),
+    "streamed": (
+        TypeError,
+        r"streams an IterableDataset.*list\(loader\)",
+        lambda: objective(data=DataLoader(Streaming())),
+    ),
+    "iterator": (
+        TypeError,
+        "data is a generator, which may not give the same",
+        lambda: objective(data=(b for b in [(X, Y)])),
+    ),
+    "endless": (TypeError, "Endless has no length", lambda: objective(data=Endless())),
+    "empty_dataset": (ValueError, "the dataset is empty", lambda: objective(data=TensorDataset(X[:0], Y[:0]))),
+    "augmented": (
+        ValueError,
+        "twice gives different values, as random augmentation",
+        lambda: objective(data=Augmented((X, Y))),
+    ),
+    "inputs_alone": ((TypeError, ValueError), r"\(inputs, targets\)", lambda: objective(data=X)),
+    "dict_without_batch_loss": ((TypeError, ValueError), "batch_loss", lambda: objective(data={"x": X, "y": Y})),
+    # losses.py
+    "loss_shape": (
+        ValueError,
+        r"outputs of shape \(8, 3\) and targets of shape \(8, 4\)",
+        lambda: objective(loss="squared_error", data=(X, X)),
+    ),
+    "broadcast": (
+        ValueError,
+        r"targets of shape \(8,\)",
+        lambda: objective(linear(4, 1), "squared_error", (X, X[:, 0])),
+    ),
+    "unknown_loss": (
+        ValueError,
+        r"loss is 'mse'; expected one of \[.*'cross_entropy', 'squared_error'",
+        lambda: objective(loss="mse"),
+    ),
+    "reduced_module": (
+        ValueError,
+        r"CrossEntropyLoss has reduction='mean'.*pass CrossEntropyLoss\(reduction='none'\)",
+        lambda: objective(loss=nn.CrossEntropyLoss()),
+    ),
+    "sequence_outputs": (
+        ValueError,
+        r"cross_entropy got model outputs of shape \(8, 1, 3\); expected \(B, C\)",
+        lambda: objective(data=(X[:, None], Y[:, None])),
+    ),
+    "tuple_outputs": (
+        ValueError,
+        "cross_entropy got model outputs of a tuple",
+        lambda: objective(Recurrent(nn.GRU).double().recurrent, data=(X.view(12, 2, 2), Y)),
+    ),
+    "sequence_classes": (
+        ValueError,
+        "squared_error with class indices got model outputs of shape",
+        lambda: objective(loss="squared_error", data=(X[:, None], Y)),
+    ),
+    "class_out_of_range": (
+        ValueError,
+        "class",
+        lambda: objective(loss="squared_error", data=(X, with_value(3, Y, 10))),
+    ),
+    "counts_for_one_output": (ValueError, "class", lambda: objective(linear(4, 1), "squared_error", (X, Y))),
+    # hvp.py, operators
+    "engine": (
+        ValueError,
+        "engine is 'fast'; expected 'auto' or one of",
+        lambda: cl.hessian(objective(), engine="fast"),
+    ),
+    "engine_of_padding": (
+        ValueError,
+        "padding_idx",
+        lambda: cl.hessian(solved("padded_embedding")[0].objective(), engine="forward_over_reverse"),
+    ),
+    "moment_batch_size": (
+        ValueError,
+        "batch_size is 13; expected 1 to 12",
+        lambda: cl.gradient_second_moment(objective(), batch_size=13),
+    ),
+    "covariance_batch_size": (
+        ValueError,
+        "batch_size is 0",
+        lambda: cl.gradient_covariance(objective(), batch_size=0, replacement=True),
+    ),
+    # diagnostics, measure, train
+    "diverged_value": (FloatingPointError, r"not finite \(nan\)", lambda: exact(math.nan, objective())),
+    "diverged_step": (
+        FloatingPointError,
+        "not finite: the parameters have diverged",
+        lambda: diagnostic("expected_loss_difference", snapshot(batch_size=12, lr=1e308)),
+    ),
+    "one_probe": (
+        ValueError,
+        "probes is 1; an error needs at least 2",
+        lambda: measure(("interaction_trace", {"probes": 1}), batch_size=2),
+    ),
+    "no_batch_size": (ValueError, "batch_size is missing", lambda: diagnostic("gradient_concentration", snapshot())),
+    "batch_size_of_measure": (
+        ValueError,
+        "batch_size is 0",
+        lambda: measure("gradient_second_moment_trace", batch_size=0),
+    ),
+    "name_taken": (ValueError, "diagnostic loss: the name is taken", lambda: registered("loss")),
+    "unknown_need": (ValueError, r"needs \['time'\]; expected among", lambda: registered("needy", ["time", "lr"])),
+    "unknown_diagnostic": (
+        ValueError,
+        "there is no diagnostic 'shrpness'; there are .*sharpness",
+        lambda: measure("shrpness"),
+    ),
+    "asked_twice": (ValueError, "loss is asked for twice", lambda: measure("loss", "loss")),
+    "unknown_option": (
+        ValueError,
+        r"no option \['tolerance'\]; it has \['tol'\]",
+        lambda: measure(("sharpness", {"tolerance": 1})),
+    ),
+    "needs_batch_size": (
+        ValueError,
+        "instability needs batch_size: pass batch_size=32",
+        lambda: measure("instability"),
+    ),
+    "needs_lr": (ValueError, "needs lr: pass lr=0.1", lambda: measure("expected_loss_difference", batch_size=2)),
+    "needs_test": (ValueError, "test_loss needs test: pass test=Objective", lambda: measure("test_loss")),
+    "needs_training": (ValueError, r"measure it with train\(\)", lambda: measure("batch_gradient_norm")),
+    "every": (ValueError, "every is 0; expected a whole number", lambda: train(every=0)),
+    "train_needs_test": (ValueError, "test_loss needs test", lambda: train(diagnostics=["test_loss"])),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusal(name):
+    exception, text, call = REFUSALS[name]
+    with pytest.raises(exception, match=text):
+        call()
+
+
+OWN_TESTS = {"linalg", "claims", "problems", "measurement", "runs", "plots", "report", "cli", "__init__", "__main__"}
+
+
+def test_every_raise_has_a_refusal():
+    """Of the files without a test file of their own for it: each statement is reached by a row of the table."""
+    reached = set()
+    for _, _, call in REFUSALS.values():
+        try:
+            call()
+        except Exception as error:
+            trace = error.__traceback__
+            while trace.tb_next is not None:
+                trace = trace.tb_next
+            reached.add((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
+    missing = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        if file.relative_to(PACKAGE).parts[0].removesuffix(".py") in OWN_TESTS:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Raise):
+                lines = range(node.lineno, node.end_lineno + 1)
+                if not any((str(file), line) in reached for line in lines):
+                    missing.append(f"{file.relative_to(PACKAGE)}:{node.lineno}")
+    assert missing == []
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    model = linear()
+    train(model, run=tmp_path / "run")
+    with pytest.raises(FileExistsError, match="already holds a run, which is never overwritten"):
+        train(model, run=tmp_path / "run")
+
+
+def test_unknown_attributes_of_the_package_are_refused():
+    with pytest.raises(AttributeError, match=r"curvlab has no attribute 'hesian'; it has .*hessian"):
+        _ = cl.hesian
+
+
+def test_at_a_point_that_is_not_finite_a_measurement_says_so():
+    L = objective(loss="squared_error")
+    found = cl.measure(L, ["loss", "sharpness", "gradient_variance"], w=1e200 * torch.ones(15).double())
+    assert all(m.value is None for m in (found["loss"], found["gradient_variance"]))
+    assert "diverged" in found["loss"].note
+
+
+def test_what_is_accepted_on_purpose():
+    objective(data=[(X, Y)])
+    objective(data=[X, Y])
+    objective(weights=list(range(12)))
+    objective(chunk_size=50)
+    objective(loss=nn.CrossEntropyLoss(reduction="none"))
+    objective(nn.Sequential(nn.Dropout(0.5), linear()), mode="train")
+    objective(data=(X[:1], Y[:1]))
