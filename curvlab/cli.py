@@ -140,6 +140,7 @@ def _measure(arguments: list[str]) -> int:
     experiment, b = from_config(run.config)
     L, test, _, batches = build(experiment, b)
     final = run.load("final")
+    L.model.load_state_dict(final["buffers"], strict=False)
     size = (sizes if len(sizes) > 1 else sizes[0]) if sizes else batches.batch_size
     found = measure(
         L,

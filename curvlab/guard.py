@@ -11,20 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-# Reduced-precision matrix products (TF32 on a GPU, bfloat16 on a CPU) have 8-10 bit mantissas.
-_PRECISION: tuple[Any, ...] = (
-    torch.backends.cuda.matmul,
-    torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-    torch.backends.cudnn.rnn,
-    torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-    torch.backends.mkldnn.conv,  # type: ignore[attr-defined]
-    torch.backends.mkldnn.rnn,  # type: ignore[attr-defined]
-)
+# Where matrix products may run in reduced precision (TF32 on a GPU, bfloat16 on a CPU: 8-10 bit mantissas).
+_PRECISION: dict[str, tuple[Any, ...]] = {
+    "cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),  # type: ignore[attr-defined]
+    "cpu": (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn),  # type: ignore[attr-defined]
+}
 _active: list[tuple[nn.Module, bool]] = []
 
 
 @contextlib.contextmanager
-def measuring(model: nn.Module, *, train_mode: bool = False) -> Iterator[None]:
+def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu") -> Iterator[None]:
     """Run the body so that the model can be differentiated twice, and leave no trace.
 
     Inside: gradients are on, autocast, TF32 and inference mode are off, attention uses its math kernel (the only one
@@ -46,7 +42,7 @@ def measuring(model: nn.Module, *, train_mode: bool = False) -> Iterator[None]:
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(random_states())
-            stack.enter_context(_backend_flags(recurrent))
+            stack.enter_context(_backend_flags(recurrent, device))
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             for device_type in ("cpu", "cuda"):
@@ -79,8 +75,9 @@ def random_states() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _backend_flags(recurrent: bool) -> Iterator[None]:
-    precision = [backend.fp32_precision for backend in _PRECISION]
+def _backend_flags(recurrent: bool, device: str) -> Iterator[None]:
+    # Only what is reduced is touched: a flag that is set stops following the flags above it.
+    reduced = [(b, b.fp32_precision) for b in _PRECISION.get(device, ()) if b.fp32_precision not in ("none", "ieee")]
     fastpath, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     with contextlib.ExitStack() as stack:
         # The kernel selection is restored by its own context manager.
@@ -88,11 +85,11 @@ def _backend_flags(recurrent: bool) -> Iterator[None]:
         try:
             torch.backends.cudnn.enabled = cudnn and not recurrent
             torch.backends.mha.set_fastpath_enabled(False)
-            for backend in _PRECISION:
+            for backend, _ in reduced:
                 backend.fp32_precision = "ieee"
             yield
         finally:
             torch.backends.cudnn.enabled = cudnn
             torch.backends.mha.set_fastpath_enabled(fastpath)
-            for backend, value in zip(_PRECISION, precision, strict=True):
+            for backend, value in reduced:
                 backend.fp32_precision = value

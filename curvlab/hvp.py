@@ -83,6 +83,8 @@ class HessianProducts:
             self.value_and_gradient()
         with L.measuring(self.constants):
             total = torch.zeros_like(V)
+            if not V.shape[1]:
+                return total
             for i, chunk in enumerate(self.chunks):
                 if self.engine == "forward_over_reverse":
                     columns = [self._jvp_of_gradient(L.place(chunk), v) for v in V.T]

@@ -127,15 +127,23 @@ def resolve(loss: str | Loss | BatchLoss) -> Loss | BatchLoss:
 
 
 def correct(outputs: Tensor, targets: Tensor) -> Tensor | None:
-    """Whether the largest output is at the target class, (B,); None where the targets are no classes."""
+    """1 where the largest output is at the target class, else 0, (B,); NaN for outputs that are not finite.
+
+    None where the targets are no classes.
+    """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor) or outputs.ndim != 2 or outputs.shape[1] < 2:
         return None
     if targets.is_floating_point():
         probabilities = targets.shape == outputs.shape and bool(
             (targets >= 0).all() and (targets.sum(1) - 1).abs().max() < 1e-4
         )
-        return outputs.argmax(1) == targets.argmax(1) if probabilities else None
-    return outputs.argmax(1) == targets
+        return _hits(outputs, targets.argmax(1)) if probabilities else None
+    return _hits(outputs, targets)
+
+
+def _hits(outputs: Tensor, classes: Tensor) -> Tensor:
+    hits = (outputs.argmax(1) == classes).to(outputs.dtype)
+    return torch.where(torch.isfinite(outputs).all(1), hits, torch.nan)
 
 
 def _two_dimensional(outputs: Tensor, name: str) -> None:

@@ -199,7 +199,7 @@ class Objective:
         With `constants`, frozen parameters and buffers have the values that `constants()` gave, not those of now.
         """
         held = self._held
-        with measuring(self.model, train_mode=self.mode == "train"):
+        with measuring(self.model, train_mode=self.mode == "train", device=self.device.type):
             self._held = constants if constants is not None else held
             try:
                 yield
@@ -342,7 +342,7 @@ class Objective:
         """Bytes that a kept gradient graph takes per example, measured by what autograd saves for two and for six."""
         small, large = self.first(2).size, self.first(6).size
         if large == small:
-            return self._saved_bytes(small) / small
+            return max(1.0, self._saved_bytes(small) / small)
         return max(1.0, (self._saved_bytes(large) - self._saved_bytes(small)) / (large - small))
 
     # -- internals --------------------------------------------------------------------------------------------------

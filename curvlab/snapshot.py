@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .checks import COUPLING, live_module
 from .hvp import Engine, HessianProducts
 from .linalg import LinearOperator
 from .linalg.probes import generator
@@ -90,6 +91,18 @@ class Snapshot:
     def gradient(self) -> Tensor:
         """∇L(w), (P,)."""
         return self._products.value_and_gradient()[1]
+
+    @property
+    def gradient_floor(self) -> float:
+        """Rounding error of ‖∇L‖: that of a sum of N gradients of their typical length, which may cancel."""
+
+        def compute() -> float:
+            eps = torch.finfo(self.objective.dtype).eps
+            if live_module(self.objective, COUPLING):
+                return 16 * eps * float(self.gradient.norm())
+            return 4 * eps * float(self.examples.squared_norms().mean().sqrt())
+
+        return self.shared("gradient_floor", compute)
 
     @property
     def hessian(self) -> LinearOperator:

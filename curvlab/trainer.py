@@ -53,8 +53,8 @@ def train(
             `DataLoader` with augmentation.
         diagnostics: names or (name, options), measured at steps 0, `every`, 2 `every`, ... An odd `every` is wise:
             dynamics at the edge of stability have period 2.
-        run: a new folder for the log, and `final.pt` with the last parameters and the number of steps taken,
-            whichever way the loop ends.
+        run: a new folder for the log, and `final.pt` with the last parameters, buffers and number of steps
+            taken, whichever way the loop ends.
         config: what else to store in the run's configuration.
         test: held-out data.
         micro_batch_size: accumulate the batch's gradient over parts of at most so many examples.
@@ -173,7 +173,8 @@ def _steps(
             taken += 1
     finally:
         if log is not None:
-            log.save("final", {"step": taken, "params": L.params().cpu()})
+            buffers = {name: b.detach().cpu() for name, b in L.model.named_buffers()}
+            log.save("final", {"step": taken, "params": L.params().cpu(), "buffers": buffers})
             log.close()
 
 

@@ -25,14 +25,6 @@ QUICK, MANY = 300, 2000
 INTERACTION = ("interaction_trace", "interaction_sharpness", "instability")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def assert_calibrated(hits: int, seeds: int, what: str, *, highest: float = 0.98) -> None:
     """The coverage is in the band, or outside by no more than one standard error."""
     low, high = 0.90 - math.sqrt(0.90 * 0.10 / seeds), highest + math.sqrt(highest * (1 - highest) / seeds)
@@ -221,7 +213,7 @@ FOUR_PROBES = [("xtrace", None), ("xtrace", 8), ("hutchinson", None), ("hutchins
 @pytest.mark.parametrize("method, num_matvecs", FOUR_PROBES)
 @pytest.mark.parametrize("name", ["flat", "exponential", "outlier", "power", "cross_entropy"])
 def test_trace(name, method, num_matvecs):
-    _trace(name, method, num_matvecs, QUICK)
+    _trace(name, method, num_matvecs, QUICK if num_matvecs or method == "hutchinson" else QUICK // 2)
 
 
 @pytest.mark.slow
@@ -276,7 +268,7 @@ def test_expected_loss_difference(name, lr, b):
     ],
 )
 def test_expected_loss_difference_with_many_seeds(name, lr, b):
-    _loss_difference(point(name), b, lr, None, 1000)
+    _loss_difference(point(name), b, lr, None, 500)
 
 
 def test_four_batches_give_no_bias():
@@ -286,6 +278,45 @@ def test_four_batches_give_no_bias():
     function = DIAGNOSTICS["expected_loss_difference"].function
     found = [function(p.at(seed, batch_size=1, lr=0.5), samples=4).value for seed in range(QUICK)]
     assert_unbiased(np.array(found), truth, "expected_loss_difference, samples=4")
+
+
+# Other estimates with a standard error
+
+
+def _other(name: str, given: dict, options: dict, truth: np.ndarray | float) -> None:
+    p, function = point("cross_entropy"), DIAGNOSTICS[name].function
+    check(lambda seed: function(p.at(seed, **given), **options), truth, 1000, f"{name}, {options}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"method": "hutchinson"}, {"method": "split", "num_matvecs": 4}, {"method": "xtrace"}]
+)
+def test_hessian_trace(options):
+    _other("hessian_trace", {}, options, float(point("cross_entropy").H.trace()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("probes", [None, 4])
+def test_layer_hessian_trace(probes):
+    diagonal = point("cross_entropy").H.diagonal()  # 6 -> 6 -> 4
+    truth = np.array([float(diagonal[:42].sum()), float(diagonal[42:].sum())])
+    _other("layer_hessian_trace", {}, {"probes": probes}, truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("probes", [2, 3])
+def test_fisher_trace(probes):
+    p = point("cross_entropy")
+    exact = cl.measure(p.L, [("fisher_trace", {"exact": True})], w=p.w)["fisher_trace"].value
+    _other("fisher_trace", {}, {"probes": probes}, exact)
+
+
+@pytest.mark.slow
+def test_mean_resultant_length():
+    G = point("cross_entropy").G
+    truth = float((G / G.norm(dim=1, keepdim=True)).mean(0).square().sum())
+    _other("mean_resultant_length", {"batch_size": 1}, {}, truth)
 
 
 # A run, where the variance of few probes is pooled over steps
@@ -312,7 +343,7 @@ def _tracked(steps: int, lr: float, loss: str, seeds: int) -> np.ndarray:
 
 
 def test_tracked_interaction_in_a_run():
-    inside = _tracked(40, 0.2, "cross_entropy", 4)
+    inside = _tracked(32, 0.2, "cross_entropy", 4)
     assert_calibrated(int(inside.sum()), inside.size, "tracked interaction_trace")
 
 

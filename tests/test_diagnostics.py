@@ -552,13 +552,14 @@ class Diagonal(nn.Module):
 
 @pytest.mark.parametrize("name", ["sharpness", "hessian_eigenvalues"])
 def test_an_eigenvalue_that_rises_unseen_is_found(name):
-    """The tracked eigenvector stays exact while another one overtakes it, so no residual tells."""
+    """The tracked eigenvector stays exact while another one overtakes it, of which the gradient has no part either."""
     model = Diagonal(30)
+    model.w.data[2] = 0.0
     L = cl.Objective(model, cl.batch_loss(lambda model, x: model(x)), torch.ones(2, dtype=F64))
     options = {"k": 2} if name == "hessian_eigenvalues" else {}
     model.c[0], model.c[1] = 1.0, 0.9
     carry: dict = {}
-    for step in range(3 * spectrum.RANDOM_EVERY):
+    for step in range(48):
         model.c[2] = 0.4 + 0.05 * step
         at = cl.Snapshot(L, L.params(), step=step, batch_size=1, carry=carry)
         last = evaluated(at, [(name, options)])[name]
@@ -775,12 +776,23 @@ def test_names_and_needs_are_checked_when_a_diagnostic_is_registered():
         (["instability"], {"batch_size": 0}, r"batch_size is 0; expected 1 to 6"),
         ([("instability", {"probes": 1})], {"batch_size": 2}, r"probes is 1; an error needs at least 2 \(16 is"),
         ([("hessian_eigenvalues", {"k": 99})], {}, r"k is 99; expected 1 to 17, the size of the matrix"),
+        ([("gradient_covariance_eigenvalues", {"k": 7})], {}, r"k is 7; expected 1 to 6, the largest rank"),
+        ([("covariance_overlap", {"k": 6})], {}, r"k is 6; expected 1 to 5"),
+        (["loss"], {"batch_size": "8"}, r"batch_size is '8'; expected a whole number such as 32, or a sequence"),
+        (["loss"], {"batch_size": ()}, r"batch_size is \(\); expected a whole number"),
+        (["loss"], {"batch_size": [1, 2.5]}, r"batch_size is \[1, 2.5\]; expected a whole number"),
         ([("gradient_top_share", {"k": 17})], {}, r"k is 18; expected 1 to 17, the size of the matrix"),
     ],
 )
 def test_measure_refuses(requests, given, message):
     with pytest.raises(ValueError, match=message):
         cl.measure(dense("squared_error").L, requests, **given)
+
+
+@pytest.mark.parametrize("options", [{"target": 0.0}, {"target": -1.0}, {"target": 0.1, "budget": 15}])
+def test_a_target_must_be_positive_and_the_budget_larger_than_the_pilot(options):
+    with pytest.raises(ValueError, match=r"expected a relative error above 0 and at least 16 samples, which the pilot"):
+        cl.measure(dense("many_examples").L, [("instability", options)], batch_size=2)
 
 
 def test_requests_are_refused_before_anything_is_computed():

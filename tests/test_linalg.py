@@ -442,6 +442,73 @@ def test_trace_refuses_products_that_are_not_finite(method, bad):
         trace_of(A, method=method, num_matvecs=8, generator=seeded())
 
 
+# Lanczos quadrature and the density of eigenvalues
+
+
+@pytest.mark.parametrize("name", ["indefinite", "outliers", "low_rank", "identity", "clustered"])
+@pytest.mark.parametrize("steps", [1, 2, 5, 12])
+def test_lanczos_quadrature_has_the_moments_of_its_vector(name, steps):
+    """k steps integrate every polynomial of degree 2k - 1 exactly: e_1ᵀ Tʲ e_1 = vᵀAʲv/‖v‖²."""
+    A = rotated(SPECTRA[name]) / float(SPECTRA[name].abs().max() or 1)
+    v = torch.randn(len(A), generator=seeded(), dtype=F64)
+    diagonal, off = linalg.tridiagonal(A, v, steps)
+    k = len(diagonal)
+    assert k <= steps
+    assert len(off) == k - 1
+    T = torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)
+    for j in range(2 * k):
+        power = torch.linalg.matrix_power(A, j)
+        assert float(torch.linalg.matrix_power(T, j)[0, 0]) == pytest.approx(float(v @ power @ v / (v @ v)), abs=1e-12)
+
+
+def test_all_lanczos_steps_give_all_eigenvalues():
+    A = rotated(torch.linspace(-2, 3, 30))
+    diagonal, off = linalg.tridiagonal(A, torch.ones(30, dtype=F64), 30)
+    T = torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)
+    assert torch.allclose(torch.linalg.eigvalsh(T), torch.linalg.eigvalsh(A), atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["identity", "zero", "rank_1", "low_rank"])
+def test_lanczos_ends_with_its_krylov_space(name):
+    A = rotated(SPECTRA[name])
+    distinct = len(set(SPECTRA[name].tolist()))
+    diagonal, _ = linalg.tridiagonal(A, torch.randn(len(A), generator=seeded(), dtype=F64), 10)
+    assert len(diagonal) <= distinct + 1
+
+
+@pytest.mark.parametrize("name", ["indefinite", "outliers", "zero", "identity", "rank_1"])
+def test_density_of_eigenvalues(name):
+    counted = Counting(rotated(SPECTRA[name]))
+    found = linalg.spectral_density(counted.operator(), num_probes=4, steps=20, generator=seeded())
+    assert found.matvecs == counted.products <= 80
+    assert found.values.shape == found.errors.shape == found.grid.shape
+    assert torch.all(found.values >= 0)
+    assert torch.allclose(found.weights.sum(1), torch.ones(4, dtype=F64), atol=1e-12)
+    assert float(torch.trapezoid(found.values, found.grid)) == pytest.approx(1, abs=1e-3)
+
+
+def test_density_is_that_of_the_eigenvalues_on_average():
+    spectrum = torch.cat([torch.tensor([5.0]), torch.linspace(-1, 1, 99)])
+    grid = torch.linspace(-2, 6, 50, dtype=F64)
+    options = {"grid": grid, "sigma": 0.3, "steps": 30, "num_probes": 200}
+    found = linalg.spectral_density(rotated(spectrum), generator=seeded(), **options)
+    bumps = torch.exp(-0.5 * ((grid[:, None] - spectrum) / 0.3) ** 2) / (0.3 * math.sqrt(2 * math.pi))
+    assert torch.all((found.values - bumps.mean(1)).abs() <= 5 * found.errors + 1e-9)
+
+
+@pytest.mark.parametrize("options", [{"num_probes": 1}, {"steps": 0}])
+def test_density_refuses(options):
+    with pytest.raises(
+        ValueError, match=r"got num_probes=\d, steps=\d+; expected at least 2 probes, for an error, and 1"
+    ):
+        linalg.spectral_density(torch.eye(3, dtype=F64), **options)
+
+
+def test_density_refuses_products_that_are_not_finite():
+    with pytest.raises(FloatingPointError, match=r"a product is not finite; the parameters have diverged"):
+        linalg.spectral_density(torch.full((3, 3), math.nan, dtype=F64))
+
+
 # LinearOperator and scipy
 
 
@@ -559,6 +626,6 @@ def test_probes_have_the_dtype_of_their_like():
     assert torch.equal(single, probes.normal((3,), like, generator=seeded()).float())
 
 
-@pytest.mark.parametrize("name", ["lanczos", "operator", "probes", "trace"])
+@pytest.mark.parametrize("name", ["density", "lanczos", "operator", "probes", "trace"])
 def test_docstring_examples(name):
     assert doctest.testmod(importlib.import_module(f"curvlab.linalg.{name}")).failed == 0

@@ -36,7 +36,7 @@ from curvlab.per_example import ExampleGradients
 
 PACKAGE = Path(cl.__file__).parent
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
-repeatable = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+repeatable = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
 
 def seeded(*shape, seed=0):
@@ -643,9 +643,9 @@ def normalized(**options):
     return nn.Sequential(linear(), nn.BatchNorm1d(3, **options).double())
 
 
-def snapshot(**options):
-    L = objective()
-    return cl.Snapshot(L, L.params(), **options)
+def snapshot(L=None, **options):
+    L = objective() if L is None else L
+    return cl.Snapshot(L, options.pop("w", L.params()), **options)
 
 
 def diagnostic(name, at, **options):
@@ -664,10 +664,14 @@ def measure(*names, L=None, **options):
     return cl.measure(objective() if L is None else L, names, **options)
 
 
-def train(model=None, **options):
+def train(model=None, batches=None, trained=None, **options):
     model = linear() if model is None else model
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    return list(cl.train(objective(model), sgd, cl.Batches(12, 4, 1), **options))
+    sgd = torch.optim.SGD((trained or model).parameters(), lr=0.1)
+    return list(cl.train(objective(model), sgd, batches or cl.Batches(12, 4, 1), **options))
+
+
+def top_eigenvector():
+    return cl.eigsh(cl.hessian(objective()), generator=torch.Generator()).vectors[:, 0]
 
 
 def own(outputs, targets):
@@ -849,6 +853,11 @@ REFUSALS = {
         r"targets of shape \(8,\)",
         lambda: objective(linear(4, 1), "squared_error", (X, X[:, 0])),
     ),
+    "labels_shape": (
+        ValueError,
+        r"binary_cross_entropy got outputs of shape \(8, 3\) and targets of shape \(8,\); expected equal shapes",
+        lambda: objective(loss="binary_cross_entropy"),
+    ),
     "unknown_loss": (
         ValueError,
         r"loss is 'mse'; expected one of \[.*'cross_entropy', 'squared_error'",
@@ -891,6 +900,16 @@ REFUSALS = {
         "padding_idx",
         lambda: cl.hessian(solved("padded_embedding")[0].objective(), engine="forward_over_reverse"),
     ),
+    "output_hessian": (
+        ValueError,
+        "output_hessian is 'one'; expected 'loss' or 'identity'",
+        lambda: cl.ggn(objective(), output_hessian="one"),
+    ),
+    "fisher_of_own_loss": (
+        ValueError,
+        "the Fisher needs the likelihood behind the loss; it is known for loss='cross_entropy'",
+        lambda: cl.fisher(objective(loss=own)),
+    ),
     "moment_batch_size": (
         ValueError,
         "batch_size is 13; expected 1 to 12",
@@ -901,7 +920,7 @@ REFUSALS = {
         "batch_size is 0",
         lambda: cl.gradient_covariance(objective(), batch_size=0, replacement=True),
     ),
-    # diagnostics, measure, train
+    # diagnostics, measure
     "diverged_value": (FloatingPointError, r"not finite \(nan\)", lambda: exact(math.nan, objective())),
     "diverged_step": (
         FloatingPointError,
@@ -912,6 +931,51 @@ REFUSALS = {
         ValueError,
         "probes is 1; an error needs at least 2",
         lambda: measure(("interaction_trace", {"probes": 1}), batch_size=2),
+    ),
+    "target": (
+        ValueError,
+        "got target=0 and budget=512; expected a relative error above 0",
+        lambda: measure(("batch_sharpness", {"target": 0}), batch_size=2),
+    ),
+    "budget": (
+        ValueError,
+        "budget=15; expected .* at least 16 samples",
+        lambda: measure(("batch_sharpness", {"target": 0.1, "budget": 15}), batch_size=2),
+    ),
+    "covariance_rank": (
+        ValueError,
+        "k is 13; expected 1 to 12, the largest rank",
+        lambda: measure(("gradient_covariance_eigenvalues", {"k": 13})),
+    ),
+    "covariance_overlap": (
+        ValueError,
+        "k is 12; expected 1 to 11",
+        lambda: measure(("covariance_overlap", {"k": 12})),
+    ),
+    "diverged_layers": (
+        FloatingPointError,
+        "not finite: the parameters have diverged",
+        lambda: diagnostic("layer_parameter_norm", snapshot(w=torch.full((15,), math.inf))),
+    ),
+    "diverged_along_step": (
+        FloatingPointError,
+        "not finite: the loss diverges along the step",
+        lambda: diagnostic("loss_along_step", snapshot(lr=1e308)),
+    ),
+    "zero_batch_gradient": (
+        FloatingPointError,
+        "the gradient of a batch is zero",
+        lambda: diagnostic("batch_sharpness", snapshot(objective(loss=lambda z, y: 0 * z.sum(1)), batch_size=2)),
+    ),
+    "no_batch_sizes": (
+        ValueError,
+        r"batch_size is \[\]; expected a whole number such as 32",
+        lambda: measure("gradient_concentration", batch_size=[]),
+    ),
+    "fractional_batch_size": (
+        ValueError,
+        r"batch_size is 2.5; expected a whole number",
+        lambda: measure("gradient_concentration", batch_size=2.5),
     ),
     "no_batch_size": (ValueError, "batch_size is missing", lambda: diagnostic("gradient_concentration", snapshot())),
     "batch_size_of_measure": (
@@ -940,7 +1004,39 @@ REFUSALS = {
     "needs_lr": (ValueError, "needs lr: pass lr=0.1", lambda: measure("expected_loss_difference", batch_size=2)),
     "needs_test": (ValueError, "test_loss needs test: pass test=Objective", lambda: measure("test_loss")),
     "needs_training": (ValueError, r"measure it with train\(\)", lambda: measure("batch_gradient_norm")),
+    # landscape.py
+    "direction": (
+        ValueError,
+        r"direction has shape \(3,\); expected that of w, \(15,\)",
+        lambda: cl.landscape.line(objective(), objective().params(), torch.ones(3), [0.0]),
+    ),
+    "plane": (
+        ValueError,
+        r"u has shape \(3,\); expected that of w, \(15,\)",
+        lambda: cl.landscape.plane(objective(), torch.ones(15), torch.ones(3), torch.ones(15), [0.0], [0.0]),
+    ),
+    "step_along_eigenvector": (
+        ValueError,
+        "the step lies along q_1 and spans no plane",
+        lambda: cl.landscape.top_plane(objective(), step=2 * top_eigenvector(), generator=torch.Generator()),
+    ),
+    # train
     "every": (ValueError, "every is 0; expected a whole number", lambda: train(every=0)),
+    "micro_batch_size": (
+        ValueError,
+        "micro_batch_size is 0; expected at least 1 example",
+        lambda: train(micro_batch_size=0),
+    ),
+    "optimizer_of_another_model": (
+        ValueError,
+        "the optimizer holds none of the trainable parameters",
+        lambda: train(trained=linear()),
+    ),
+    "batches_of_other_data": (
+        ValueError,
+        "the batches index 24 examples, but the objective has 12",
+        lambda: train(batches=cl.Batches(24, 4, 1)),
+    ),
     "train_needs_test": (ValueError, "test_loss needs test", lambda: train(diagnostics=["test_loss"])),
 }
 

@@ -85,8 +85,10 @@ def test_ggn_and_fisher(case, chunking):
     problem, reference = solved(case.name)
     L = problem.objective(chunk_size=CHUNKINGS[chunking])
     V = block(L.num_params)
-    for A in (cl.ggn(L, reference.w), cl.fisher(L, reference.w)):
-        assert off(A @ V, reference.ggn @ V, norm(reference.ggn)) < 1e-13
+    assert off(cl.ggn(L, reference.w) @ V, reference.ggn @ V, norm(reference.ggn)) < 1e-13
+    if chunking != "uneven":
+        return
+    assert off(cl.fisher(L, reference.w) @ V, reference.ggn @ V, norm(reference.ggn)) < 1e-13
     plain = reference.gauss_newton(lambda z: torch.eye(len(z), dtype=z.dtype))
     assert off(cl.ggn(L, reference.w, output_hessian="identity") @ V, plain @ V, norm(plain)) < 1e-13
 
@@ -105,10 +107,15 @@ def test_second_moment_and_covariance(case, chunking):
         assert off(cl.gradient_covariance(L, reference.w, **options) @ V, C_b @ V, scale) < 1e-13
 
 
-@pytest.mark.parametrize("case, name", [(c, n) for c in CASES for n in OPERATORS if runs(c, n)], ids=str)
-def test_operators_are_linear_and_symmetric(case, name):
+@each_case
+def test_operators_are_linear_and_symmetric(case):
     problem, reference = solved(case.name)
-    A = OPERATORS[name](problem.objective(), reference.w)
+    L = problem.objective()
+    for name in filter(lambda name: runs(case, name), OPERATORS):
+        linear_and_symmetric(OPERATORS[name](L, reference.w))
+
+
+def linear_and_symmetric(A):
     V = block(A.size, 2)
     AV = A @ V
     scale = float(AV.norm())

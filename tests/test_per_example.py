@@ -1,7 +1,8 @@
 """Norms, products and sums of per-example gradients without forming them.
 
-Compared with a reference: squared norms, inner products, products and combinations, with dense per-example gradients from one backward
-pass an example (`cases.py`), over all cases and chunkings, and at points where a rule could be mistaken for right.
+Compared with a reference: squared norms, inner products, products and combinations, with dense per-example gradients
+from one backward pass an example (`cases.py`), over all cases and chunkings, and at points where a rule could be
+mistaken for right.
 Behaviour only: which parameters go by which rule, hooks, and what is kept in memory.
 """
 
@@ -52,7 +53,7 @@ def test_memory_smaller_than_the_captures_changes_no_number(case):
     ample = ExampleGradients(problem.objective(chunk_size=4, memory="1GiB"), reference.w)
     V, C = block(len(reference.w)), block(problem.size)
     scale = torch.linalg.norm(reference.rows)
-    for _ in range(2):
+    for _ in range(2):  # captured, then kept
         assert off(small.squared_norms(), ample.squared_norms()) < 1e-14
         assert off(small.dot(V), ample.dot(V), scale) < 1e-14
         assert off(small.combine(C), ample.combine(C), scale) < 1e-14

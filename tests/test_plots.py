@@ -69,7 +69,7 @@ def test_batch_sizes_orders_the_runs(tmp_path):
     words = texts(plots.batch_sizes(runs))
     assert words.index("b = 8") < words.index("b = 128")
     paths = plots.plot(runs, tmp_path / "out")
-    assert [p.name for p in paths] == ["batch_sizes.png", "edge_of_stability.png", "edge_of_stability.png"]
+    assert [p.name for p in paths] == ["batch_sizes.png", *["edge_of_stability.png", "quantities.png"] * 2]
 
 
 def test_nothing_to_draw_is_said(tmp_path):

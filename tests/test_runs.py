@@ -499,6 +499,17 @@ def test_every_must_be_positive(every):
         Setup().train(every=every)
 
 
+def test_train_refuses_what_cannot_be_trained():
+    setup = Setup()
+    with pytest.raises(ValueError, match=r"micro_batch_size is 0; expected at least 1 example, or None for the whole"):
+        setup.train(micro_batch_size=0)
+    with pytest.raises(ValueError, match=r"the batches index 25 examples, but the objective has 24: pass Batches\(L"):
+        setup.train(cl.Batches(25, 5, steps=1))
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"the optimizer holds none of the trainable parameters of the objective's"):
+        cl.train(setup.L, other, cl.Batches(24, 6, steps=1))
+
+
 def test_refusals_come_before_a_folder_is_made(tmp_path):
     setup = Setup()
     for options, message in [

@@ -1,6 +1,6 @@
 """One file per family of diagnostics; importing this package fills the registry."""
 
-from . import blocks, covariance, fisher, interaction, noise, spectrum, stability, traces, values
+from . import values, noise, covariance, interaction, spectrum, traces, fisher, blocks, stability
 from .registry import DIAGNOSTICS, diagnostic, evaluate, parse, require
 
 __all__ = [
@@ -9,13 +9,13 @@ __all__ = [
     "evaluate",
     "parse",
     "require",
-    "blocks",
-    "covariance",
-    "fisher",
-    "interaction",
-    "noise",
-    "spectrum",
-    "stability",
-    "traces",
     "values",
+    "noise",
+    "covariance",
+    "interaction",
+    "spectrum",
+    "traces",
+    "fisher",
+    "blocks",
+    "stability",
 ]

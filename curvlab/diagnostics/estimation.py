@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
-from ..linalg.trace import sample_mean
+from ..linalg.trace import credited, sample_mean
 from ..measurement import Measurement, half_width
 from ..snapshot import Snapshot
 
@@ -47,7 +47,7 @@ def estimate(
 
     With a `target`, the half-width of the 95% interval relative to the value: Stein's two stages. A pilot of 16
     samples gives the variance, which fixes how many are drawn in all, at most `budget`; the variance of the pilot
-    serves for the error too, with 15 degrees of freedom, so that stopping does not spoil the interval (a stop as soon
+    serves for the error too, with its degrees of freedom, so that stopping does not spoil the interval (a stop as soon
     as the interval looks narrow enough covers 81% instead of 95%). The note says if the budget ended first.
 
     Raises:
@@ -70,7 +70,7 @@ def estimate(
     history.append(relative * relative * n)
     del history[:-WINDOW]
     mean = sum(history) / len(history)
-    return replace(found, error=scale * math.sqrt(mean / n), df=float(len(history) * (n - 1)))
+    return replace(found, error=scale * math.sqrt(mean / n), df=credited(len(history) * (n - 1)))
 
 
 def _two_stages(
@@ -95,4 +95,4 @@ def _two_stages(
     note = None
     if needed > budget:
         note = f"the budget of {budget} samples ended before the target; {needed} would be needed"
-    return Measurement(value, error, "sem", df=PILOT - 1, floor=floor, note=note)
+    return Measurement(value, error, "sem", df=pilot.df, floor=floor, note=note)

@@ -218,16 +218,17 @@ def gradient_concentration(at: Snapshot, *, batch_size: BatchSizes = None) -> Me
 
     def rho(b: int) -> Measurement:
         total = float(second_moment(at, b).value)  # type: ignore[arg-type]
-        return (
-            exact(squared_norm(at) / total, at.objective) if total else missing("the gradient of every batch is zero")
-        )
+        if not total:
+            return missing("the gradient of every batch is zero")
+        found = exact(squared_norm(at) / total, at.objective)
+        return replace(found, floor=found.floor + 2 * math.sqrt(squared_norm(at)) * at.gradient_floor / total)
 
     return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, rho)
 
 
 def draw_batches(n: int, b: int, count: int, replacement: bool, generator: torch.Generator) -> Tensor:
     """Coefficients (n, count) of independent batches: column j holds how often each example is drawn, over b."""
-    coefficients = torch.zeros(n, count)
+    coefficients = torch.zeros(n, count, dtype=torch.float64)
     for j in range(count):
         index = (
             torch.randint(n, (b,), generator=generator) if replacement else torch.randperm(n, generator=generator)[:b]
@@ -277,7 +278,8 @@ def second_moment(at: Snapshot, b: int) -> Measurement:
     """tr(S_b), exact."""
     share = noise_share(at.objective.size, b, at.replacement)
     total = share * mean_squared_norm(at) if share else 0.0
-    return exact(total + (1 - share) * squared_norm(at), at.objective)
+    found = exact(total + (1 - share) * squared_norm(at), at.objective)
+    return replace(found, floor=found.floor + 2 * (1 - share) * math.sqrt(squared_norm(at)) * at.gradient_floor)
 
 
 def over_batch_sizes(
@@ -291,9 +293,9 @@ def over_batch_sizes(
     if batch_size is None:
         raise ValueError("batch_size is missing; pass batch_size=32, or a sequence of batch sizes")
     sizes = batch_sizes(batch_size)
-    if isinstance(sizes, int):
-        return one(sizes)
-    found = [one(b) for b in sizes or ()]
+    if not isinstance(sizes, tuple):
+        return one(int(sizes))  # type: ignore[arg-type]
+    found = [one(b) for b in sizes]
     without = next((m for m in found if m.value is None), None)
     if without is not None:
         return without

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+import torch
+
 from ..measurement import Measurement, missing
 from ..snapshot import Snapshot
 
@@ -131,8 +134,10 @@ def evaluate(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, M
             started, spent = time.perf_counter(), at.matvecs
             try:
                 found = DIAGNOSTICS[name].function(at, **options)
-            except ArithmeticError as error:  # not finite, or so large that it overflows
+            except (ArithmeticError, torch.linalg.LinAlgError) as error:  # not finite, or so large that it overflows
                 found = missing(str(error))
+            if found.value is not None and not np.all(np.isfinite(found.value)):
+                found = missing("not finite: the parameters have diverged")
             at.measurements[name] = dataclasses.replace(
                 found, matvecs=at.matvecs - spent, seconds=time.perf_counter() - started
             )

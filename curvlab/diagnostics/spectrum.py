@@ -63,10 +63,14 @@ def gradient_alignment(at: Snapshot, *, tol: float = 1e-3) -> Measurement:
     """
     if at.objective.num_params < 2:
         return missing("needs two parameters: with one the cosine is 1 by definition")
-    pairs, g = top_eigenpairs(at, 2, tol), at.gradient
-    cosine = abs(float(pairs.vectors[:, 0].double() @ g.double())) / float(g.double().norm())
+    g = at.gradient.double()
+    length = float(g.norm())
+    if length == 0.0:
+        return missing("the gradient is zero, so it has no direction")
+    pairs = top_eigenpairs(at, 2, tol)
+    cosine = abs(float(pairs.vectors[:, 0].double() @ g)) / length
     error = min(1.0, 2**0.5 * subspace_error(pairs, 1))
-    return _finite(Measurement(cosine, error, "bound", floor=16 * torch.finfo(at.objective.dtype).eps))
+    return Measurement(cosine, error, "bound", floor=16 * torch.finfo(at.objective.dtype).eps)
 
 
 @diagnostic(
@@ -85,10 +89,13 @@ def gradient_top_share(at: Snapshot, *, k: int = 5, tol: float = 1e-3) -> Measur
 
     Source: Gur-Ari et al. 2018 (arXiv 1812.04754); Lee 2022, sec. 5.1.
     """
-    pairs, g = top_eigenpairs(at, k + 1, tol), at.gradient.double()
-    share = float((pairs.vectors[:, :k].double().T @ g).square().sum() / g.square().sum())
-    error = subspace_error(pairs, k)
-    return _finite(Measurement(share, error, "bound", floor=16 * torch.finfo(at.objective.dtype).eps))
+    g = at.gradient.double()
+    length = float(g.square().sum())
+    if length == 0.0:
+        return missing("the gradient is zero, so it has no direction")
+    pairs = top_eigenpairs(at, k + 1, tol)
+    share = float((pairs.vectors[:, :k].double().T @ g).square().sum()) / length
+    return Measurement(share, subspace_error(pairs, k), "bound", floor=16 * torch.finfo(at.objective.dtype).eps)
 
 
 @diagnostic(
@@ -110,9 +117,3 @@ def ntk_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measureme
     values, errors = pairs.values.cpu().numpy(), pairs.residuals.cpu().numpy()
     axis = ("index", tuple(range(1, k + 1)))
     return remarked(Measurement(values, errors, "bound", floor=np.full(k, pairs.floor), axis=axis), pairs)
-
-
-def _finite(found: Measurement) -> Measurement:
-    if found.value != found.value:
-        return missing("the gradient is zero, so it has no direction")
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ def loss(at: Snapshot) -> Measurement:
 @diagnostic("‖∇L‖", formula="‖(1/N) Σ g_i‖", kind="exact", cost="1 gradient, shared")
 def gradient_norm(at: Snapshot) -> Measurement:
     """Euclidean norm of the full gradient at w; its square is tr(S_n) (Lee 2022, sec. 2)."""
-    return exact(at.gradient.double().norm(), at.objective)
+    found = exact(at.gradient.double().norm(), at.objective)
+    return replace(found, floor=found.floor + at.gradient_floor)
 
 
 @diagnostic(
@@ -95,6 +97,8 @@ def _accuracy(objective: Objective, w: Tensor) -> Measurement:
     share = objective.accuracy(w)
     if share is None:
         return missing("the targets are no classes, or the loss calls the model itself")
+    if not math.isfinite(float(share)):
+        return missing("the outputs are not finite: the parameters have diverged")
     return Measurement(float(share))
 
 

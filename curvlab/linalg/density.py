@@ -85,7 +85,8 @@ def spectral_density(
         nodes[i, k:] = nodes[i, 0]
         matvecs += k
     low, high = float(nodes.min()), float(nodes.max())
-    spread = (high - low) or max(abs(high), 1.0)
+    size = max(abs(low), abs(high))
+    spread = high - low if high - low > 1e-6 * size else size or 1.0
     sigma = sigma if sigma is not None else spread / 100
     if isinstance(grid, int):
         grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, grid, dtype=torch.float64)

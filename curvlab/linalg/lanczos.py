@@ -59,7 +59,8 @@ def eigsh(
     other. Residuals come from the products themselves, never from the recurrence.
 
     Cold starts use k random columns and so see eigenvalues of multiplicity up to k. A start vector orthogonal to the
-    answer would hide it for ever, therefore `random_columns` random ones join the given ones.
+    answer would hide it for ever, therefore `random_columns` random ones join the given ones, and what they lead to is
+    followed until the next Ritz pair is seen to lie below the wanted ones.
 
     Cost: 7-17 products for k=1 and tol=1e-2 on loss Hessians when cold, a few when warm; memory 2 `max_basis`
     vectors. Nothing but the number of unconverged pairs leaves the device, once a round.
@@ -96,21 +97,26 @@ def eigsh(
     V = _start_block(A, k, start, random_columns, generator)
     AV = _product(A, V)
     T = _symmetric(V.T @ AV)
+    explore = start is not None and random_columns > 0
     matvecs, extremes = V.shape[1], (float("inf"), float("-inf"))
     while True:
         theta, Y = torch.linalg.eigh(T)
         order = _order(theta, which)
         theta, Y = theta[order], Y[:, order].to(V.dtype)
-        X, AX = V @ Y[:, :k], AV @ Y[:, :k]
-        R = AX - X * theta[:k].to(V.dtype)
+        X, AX = V @ Y[:, : k + 1], AV @ Y[:, : k + 1]
+        R = AX - X * theta[: k + 1].to(V.dtype)
         residuals = torch.linalg.vector_norm(R, dim=0, dtype=torch.float64)
         scale = theta.abs().max()
         floor = 16 * eps * scale
-        wanted = torch.nonzero(residuals > torch.clamp(tol * scale, min=floor))[:, 0].tolist()
+        wanted = torch.nonzero(residuals[:k] > torch.clamp(tol * scale, min=floor))[:, 0].tolist()
+        if explore and not wanted and _may_rise(theta, residuals, k, which, max(tol * float(scale), float(floor))):
+            wanted = [k]
         extremes = (min(extremes[0], float(theta.min())), max(extremes[1], float(theta.max())))
         wanted = wanted[: max(0, max_matvecs - matvecs)]
         if not wanted or V.shape[1] == P:
             break
+        if max_basis == P:
+            wanted = wanted[: P - V.shape[1]]
         if V.shape[1] + len(wanted) > max_basis:
             keep = max(k + len(wanted), max_basis // 2)
             V, AV, T = V @ Y[:, :keep], AV @ Y[:, :keep], torch.diag(theta[:keep])
@@ -124,7 +130,7 @@ def eigsh(
         matvecs += B.shape[1]
 
     descending = torch.argsort(theta[:k], descending=True)
-    X = X[:, descending]
+    X = X[:, :k][:, descending]
     X = X * torch.sign(X.gather(0, X.abs().argmax(0, keepdim=True)))
     residuals = residuals[descending]
     converged = bool((residuals <= max(tol * float(scale), float(floor))).all())
@@ -134,19 +140,25 @@ def eigsh(
 def orthonormalize(B: Tensor, against: Tensor | None = None, *, min_norm: float = 0.0) -> Tensor:
     """An orthonormal basis of the columns of B, orthogonal to the orthonormal columns of `against`.
 
-    Gram-Schmidt in blocks, twice ("twice is enough"). Columns that keep less than `min_norm`, or no more than rounding
-    of their length, are dropped, so the result may have fewer columns than B.
+    Gram-Schmidt, twice ("twice is enough"): as a block against `against`, column by column among themselves. Columns that
+    keep less than `min_norm`, or no more than rounding of their length, are dropped, so the result may have fewer columns.
     """
     before = torch.linalg.vector_norm(B, dim=0)
     alive = before > min_norm
     B = B[:, alive] / before[alive]
+    Q = B[:, :0] if against is None else against
     for _ in range(2):
-        if against is not None:
-            B = B - against @ (against.T @ B)
-        B, R = torch.linalg.qr(B)
-        kept = R.diagonal().abs() > 100 * torch.finfo(B.dtype).eps
-        B = B[:, kept]
-    return B
+        B = B - Q @ (Q.T @ B)
+    fixed = Q.shape[1]
+    for v in B.T:
+        for _ in range(2):
+            v = v - Q @ (Q.T @ v)
+        length = torch.linalg.vector_norm(v)
+        if bool(length > 100 * torch.finfo(B.dtype).eps):
+            v = v / length
+            v = v - Q @ (Q.T @ v)  # a short remainder is mostly rounding
+            Q = torch.cat([Q, (v / torch.linalg.vector_norm(v))[:, None]], 1)
+    return Q[:, fixed:]
 
 
 def _start_block(
@@ -172,7 +184,7 @@ def _start_block(
 def _product(A: LinearOperator | Tensor, V: Tensor) -> Tensor:
     AV = A @ V
     if not torch.isfinite(AV).all():
-        name = getattr(A, "name", "the matrix")
+        name = A.name if isinstance(A, LinearOperator) else "the matrix"
         raise FloatingPointError(
             f"a product with {name} is not finite; the parameters have diverged, or the loss has "
             "an infinite second derivative there (norm or sqrt at 0). Measure at other parameters"
@@ -183,6 +195,15 @@ def _product(A: LinearOperator | Tensor, V: Tensor) -> Tensor:
 def _symmetric(T: Tensor) -> Tensor:
     T = T.double()
     return (T + T.T) / 2
+
+
+def _may_rise(theta: Tensor, residuals: Tensor, k: int, which: Which, tolerance: float) -> bool:
+    """Whether the next Ritz pair may still overtake the wanted ones: not settled, or within its residual of them."""
+    if len(theta) <= k or float(residuals[k]) <= tolerance:
+        return False
+    last, following, residual = theta[k - 1], theta[k], residuals[k]
+    gap = {"LA": last - following, "SA": following - last, "LM": last.abs() - following.abs()}[which]
+    return bool(residual > 0.05 * theta.abs().max()) or bool(gap <= residual)
 
 
 def _order(theta: Tensor, which: Which) -> Tensor:

@@ -41,6 +41,8 @@ def ggn(
     def matmat(V: Tensor) -> Tensor:
         with L.measuring(constants):
             total = torch.zeros_like(V)
+            if not V.shape[1]:
+                return total
             for i, chunk in enumerate(chunks):
                 graph = graphs.get(i) or _OutputGraph(L, w, L.place(chunk), output_hessian)
                 if i < keep:

@@ -8,6 +8,8 @@ from typing import Any
 _HOME = {
     "digits": "data",
     "linear_regression": "data",
+    "DATA": "data",
+    "MODELS": "models",
     "mlp": "models",
     "cnn": "models",
     "linear": "models",
@@ -16,7 +18,7 @@ _HOME = {
     "build": "presets",
 }
 
-__all__ = ["digits", "linear_regression", "mlp", "cnn", "linear", "Experiment", "PRESETS", "build"]
+__all__ = ["digits", "linear_regression", "mlp", "cnn", "linear", "DATA", "MODELS", "Experiment", "PRESETS", "build"]
 
 
 def __getattr__(name: str) -> Any:
