@@ -17,10 +17,11 @@ LR = 0.2
 N = 1024
 
 
-def planted(path, *, s=None, x=None, y=None, u=None, loss=None, b=N, lr=LR, optimizer=None, **series):
+def planted(path, *, s=None, x=None, y=None, u=None, loss=None, b=N, lr=LR, optimizer=None, trained_loss=None):
     """A run folder whose log holds series given in units of 2/lr."""
     settings = {"name": "SGD", "momentum": 0.0, "weight_decay": 0.0} | (optimizer or {})
     training = {"objective": {"examples": N}, "optimizer": settings, "batch_size": b, "replacement": False}
+    training["trained_loss"] = trained_loss
     given = {"sharpness": s, "instability": x, "interaction_sharpness": u}
     columns = {name: np.asarray(v) * 2 / lr for name, v in given.items() if v is not None}
     steps = len(next(iter(columns.values())))
@@ -78,10 +79,30 @@ class TestEdgeOfStability:
         verdict = self.verdict(tmp_path, climb(1.08), loss=np.geomspace(1, 3, 600))
         assert (verdict.decision, verdict.reason) == ("does not hold", "the loss diverged")
 
+    def test_a_quadratic_above_2_by_lr_does_not_hold(self, tmp_path):
+        """Linear regression a hair above 2/lr: its slow modes still fall, and its sharpness is constant."""
+        verdict = self.verdict(tmp_path, np.full(600, 1.001))
+        assert (verdict.decision, verdict.reason) == ("does not hold", "the curvature never moved")
+
+    def test_a_start_above_2_by_lr_cannot_decide(self, tmp_path):
+        assert (
+            self.verdict(tmp_path, np.concatenate([np.linspace(1.4, 1.08, 100), wave(500, 1.08, 0.02)])).decision
+            == "undecided"
+        )
+
+    def test_steps_without_a_value_are_left_out(self, tmp_path):
+        s = climb(1.08)
+        s[[5, 200, 400]] = np.nan
+        found = self.verdict(tmp_path, s)
+        assert found.decision == "holds"
+        assert 120 < found.details["crossing"] < 150
+
     @pytest.mark.parametrize(
         ("options", "reason"),
         [
             ({"b": 32}, "batches of 32"),
+            ({"optimizer": {"differing": ["weight_decay"]}}, "parameter groups differ"),
+            ({"trained_loss": "1 (Dropout) acts"}, "another loss"),
             ({"optimizer": {"momentum": 0.9}}, "momentum"),
             ({"optimizer": {"weight_decay": 1e-4}}, "weight_decay"),
             ({"optimizer": {"name": "Adam"}}, "Adam"),

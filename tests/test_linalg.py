@@ -231,6 +231,19 @@ def test_a_start_that_is_orthogonal_to_the_answer_still_finds_it(index):
     assert float(pairs.values[0]) == pytest.approx(5.0, abs=1e-8)
 
 
+@pytest.mark.parametrize("P", [300, 10_000])
+def test_a_hidden_outlier_of_a_large_matrix_is_found(P):
+    """In many dimensions a random vector has a small residual from the first, long before it has seen the outlier."""
+    spectrum = 1e-3 * torch.linspace(-1, 1, P, dtype=F64)
+    spectrum[0], spectrum[1] = 2.0, 1.0
+    op = LinearOperator(lambda V: spectrum[:, None] * V, P)
+    known = torch.zeros(P, dtype=F64)
+    known[1] = 1.0
+    pairs = eigsh(op, 1, tol=1e-2, start=known, generator=seeded())
+    assert float(pairs.values[0]) == pytest.approx(2.0, rel=1e-2)
+    assert pairs.matvecs <= 20
+
+
 @pytest.mark.parametrize("kind", ["too_many", "repeated", "zero", "not_finite", "one_dimensional", "other_dtype"])
 def test_any_start_will_do(kind):
     A = rotated(torch.linspace(0, 1, 8) ** 2)
