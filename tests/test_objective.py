@@ -993,7 +993,7 @@ REFUSALS = {
     "asked_twice": (ValueError, "loss is asked for twice", lambda: measure("loss", "loss")),
     "unknown_option": (
         ValueError,
-        r"no option \['tolerance'\]; it has \['tol'\]",
+        r"no option \['tolerance'\]; it has tol",
         lambda: measure(("sharpness", {"tolerance": 1})),
     ),
     "needs_batch_size": (

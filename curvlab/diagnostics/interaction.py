@@ -76,17 +76,15 @@ def interaction_trace(
     return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, trace_at)
 
 
-@diagnostic("‖H‖_{S_b}", formula="tr(H S_b) / tr(S_b)", kind="sem", cost=_COST, needs=["batch_size"])
-def interaction_sharpness(
-    at: Snapshot,
-    *,
-    batch_size: BatchSizes = None,
-    exact: bool = False,
-    probes: int | None = None,
-    k: int | None = None,
-    target: float | None = None,
-    budget: int | None = None,
-) -> Measurement:
+@diagnostic(
+    "‖H‖_{S_b}",
+    formula="tr(H S_b) / tr(S_b)",
+    kind="sem",
+    cost=_COST,
+    needs=["batch_size"],
+    options_of=interaction_trace,
+)
+def interaction_sharpness(at: Snapshot, *, batch_size: BatchSizes = None, **options: Any) -> Measurement:
     """Interaction-aware sharpness: the curvature along mini-batch gradients, never above λ_max(H).
 
     The denominator is exact, so the error is that of tr(H S_b) over tr(S_b), without the bias of a ratio of estimates.
@@ -96,10 +94,7 @@ def interaction_sharpness(
     """
 
     def ratio(b: int) -> Measurement:
-        return _over(
-            interaction_trace(at, batch_size=b, exact=exact, probes=probes, k=k, target=target, budget=budget),
-            second_moment(at, b),
-        )
+        return _over(interaction_trace(at, batch_size=b, **options), second_moment(at, b))
 
     return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, ratio)
 
@@ -110,20 +105,13 @@ def interaction_sharpness(
     kind="sem",
     cost=_COST,
     needs=["batch_size"],
+    options_of=interaction_trace,
 )
-def instability(
-    at: Snapshot,
-    *,
-    batch_size: BatchSizes = None,
-    exact: bool = False,
-    probes: int | None = None,
-    k: int | None = None,
-    target: float | None = None,
-    budget: int | None = None,
-) -> Measurement:
+def instability(at: Snapshot, *, batch_size: BatchSizes = None, **options: Any) -> Measurement:
     """Above 2/lr the expected loss of a locally quadratic function increases with the next step of plain SGD.
 
-    The denominator is exact. Andreyev and Beneventano 2024 call the same number gradient-noise interaction. At a
+    The denominator is exact. Andreyev and Beneventano 2024 call the same number gradient-noise interaction, which is an
+    alias here. At a
     plateau of the loss it is 2/lr by balance of noise alone (eq. 6 with zero on the left), so it marks an edge only
     with evidence beyond that (see `curvlab.claims`). Options as `interaction_trace`.
 
@@ -131,10 +119,7 @@ def instability(
     """
 
     def ratio(b: int) -> Measurement:
-        return _over(
-            interaction_trace(at, batch_size=b, exact=exact, probes=probes, k=k, target=target, budget=budget),
-            second_moment_full(at),
-        )
+        return _over(interaction_trace(at, batch_size=b, **options), second_moment_full(at))
 
     return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, ratio)
 

@@ -37,13 +37,21 @@ class Diagnostic:
     kind: str
     cost: str
     needs: tuple[str, ...]
+    options: tuple[str, ...]
 
 
 DIAGNOSTICS: dict[str, Diagnostic] = {}
+ALIASES = {"gradient_noise_interaction": "instability"}  # the same number under another paper's name
 
 
 def diagnostic(
-    symbol: str, *, formula: str, kind: str, cost: str, needs: Iterable[str] = ()
+    symbol: str,
+    *,
+    formula: str,
+    kind: str,
+    cost: str,
+    needs: Iterable[str] = (),
+    options_of: Function | None = None,
 ) -> Callable[[Function], Function]:
     """Register a function ``(at: Snapshot, **options) -> Measurement`` under its own name.
 
@@ -55,6 +63,7 @@ def diagnostic(
         kind: "exact", "bound" or "sem"; for the documentation, the result states its own.
         cost: in gradients of the data and products with the Hessian.
         needs: what a snapshot must have: "batch_size", "lr", "test", "batch_gradient".
+        options_of: another diagnostic, to which this one passes its ``**options`` on.
 
     Raises:
         ValueError: a name that is taken, or an unknown need.
@@ -69,10 +78,18 @@ def diagnostic(
                 if name in DIAGNOSTICS
                 else f"diagnostic {name} needs {sorted(unknown)}; expected among {sorted(NEEDS)}"
             )
-        DIAGNOSTICS[name] = Diagnostic(name, function, symbol, formula, kind, cost, tuple(needs))
+        options = _options(function) + [
+            o for o in (_options(options_of) if options_of else []) if o not in _options(function)
+        ]
+        DIAGNOSTICS[name] = Diagnostic(name, function, symbol, formula, kind, cost, tuple(needs), tuple(options))
         return function
 
     return register
+
+
+def _options(function: Function) -> list[str]:
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
 
 
 def parse(requests: Iterable[Request]) -> dict[str, dict[str, Any]]:
@@ -85,14 +102,15 @@ def parse(requests: Iterable[Request]) -> dict[str, dict[str, Any]]:
     plan: dict[str, dict[str, Any]] = {}
     for request in [requests] if isinstance(requests, str) else requests:
         name, options = (request, {}) if isinstance(request, str) else request
+        name = ALIASES.get(name, name)
         if name not in DIAGNOSTICS:
             raise ValueError(f"there is no diagnostic {name!r}; there are {', '.join(sorted(DIAGNOSTICS))}")
         if name in plan:
             raise ValueError(f"diagnostic {name} is asked for twice; ask once, with the options of one of them")
-        known = list(inspect.signature(DIAGNOSTICS[name].function).parameters)[1:]
+        known = DIAGNOSTICS[name].options
         unknown = set(options) - set(known)
         if unknown:
-            raise ValueError(f"diagnostic {name} has no option {sorted(unknown)}; it has {known or 'none'}")
+            raise ValueError(f"diagnostic {name} has no option {sorted(unknown)}; it has {', '.join(known) or 'none'}")
         plan[name] = dict(options)
     return plan
 

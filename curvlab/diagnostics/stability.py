@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,9 +67,8 @@ def batch_sharpness(
 
     Source: Andreyev and Beneventano 2024 (arXiv 2412.20553).
     """
-    return _over_batches(
-        at, "batch_sharpness", batch_size, samples, target, budget, lambda curvature, norm, b: curvature / norm
-    )
+    given: dict[str, Any] = {"samples": samples, "target": target, "budget": budget}
+    return _over_batches(at, "batch_sharpness", batch_size, lambda curvature, norm, b: curvature / norm, **given)
 
 
 @diagnostic(
@@ -77,15 +77,9 @@ def batch_sharpness(
     kind="sem",
     cost="as batch_sharpness, shared, and 1 gradient",
     needs=["batch_size"],
+    options_of=batch_sharpness,
 )
-def batch_sharpness_of_means(
-    at: Snapshot,
-    *,
-    batch_size: BatchSizes = None,
-    samples: int | None = None,
-    target: float | None = None,
-    budget: int | None = None,
-) -> Measurement:
+def batch_sharpness_of_means(at: Snapshot, *, batch_size: BatchSizes = None, **options: Any) -> Measurement:
     """Batch sharpness as a ratio of means; the denominator tr(S_b) is exact, so there is no bias of a ratio.
 
     Source: Andreyev and Beneventano 2024 (arXiv 2412.20553).
@@ -94,7 +88,7 @@ def batch_sharpness_of_means(
     def over_second_moment(curvature: Tensor, norm: Tensor, b: int) -> Tensor:
         return curvature / float(second_moment(at, b).value)  # type: ignore[arg-type]
 
-    return _over_batches(at, "batch_sharpness_of_means", batch_size, samples, target, budget, over_second_moment)
+    return _over_batches(at, "batch_sharpness_of_means", batch_size, over_second_moment, **options)
 
 
 @diagnostic(
@@ -225,10 +219,11 @@ def _over_batches(
     at: Snapshot,
     name: str,
     batch_size: BatchSizes,
-    samples: int | None,
-    target: float | None,
-    budget: int | None,
     value: Callable[[Tensor, Tensor, int], Tensor],
+    *,
+    samples: int | None = None,
+    target: float | None = None,
+    budget: int | None = None,
 ) -> Measurement:
     def mean(b: int) -> Measurement:
         count = default_probes(at, samples, step=4)

@@ -77,8 +77,8 @@ def sample_mean(samples: Sequence[float], *, offset: float = 0.0, floor: float =
     """`offset` plus the mean of independent samples, with its standard error.
 
     The samples are quadratic forms of random vectors, with tails heavier than a normal's, so the variance of n of them is
-    worth less than n - 1 degrees of freedom: (n - 1)/(1 + κ/2) for an excess kurtosis κ. Three quarters of n - 1 are credited
-    (κ = 2/3), which matters for few samples only.
+    worth less than n - 1 degrees of freedom: (n - 1)/(1 + κ/2) for an excess kurtosis κ. Three quarters of n - 1 are
+    credited (κ = 2/3), which matters for few samples only.
     """
     x = torch.as_tensor(samples, dtype=torch.float64)
     n = len(x)
