@@ -254,7 +254,7 @@ def _loss_difference(p: Point, b: int, lr: float, samples: int | None, seeds: in
     "name, lr, b", [("cross_entropy", 0.5, 1), ("cross_entropy", 0.5, 2), ("squared_error", 0.3, 1)]
 )
 def test_expected_loss_difference(name, lr, b):
-    _loss_difference(point(name), b, lr, None, 200)
+    _loss_difference(point(name), b, lr, None, 150)
 
 
 @pytest.mark.slow

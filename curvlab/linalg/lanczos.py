@@ -12,6 +12,7 @@ from .operator import LinearOperator
 from .probes import normal
 
 Which = Literal["LA", "SA", "LM"]
+EXPLORE = 6  # rounds from a random vector before its residual says anything: in many dimensions it starts small
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def eigsh(
     followed until the next Ritz pair is seen to lie below the wanted ones.
 
     Cost: 7-17 products for k=1 and tol=1e-2 on loss Hessians when cold, a few when warm; memory 2 `max_basis`
-    vectors. Nothing but the number of unconverged pairs leaves the device, once a round.
+    vectors. Vectors, products and the small projected matrix stay on the device; each round reads a few scalars to decide
+    whether to stop.
 
     Args:
         A: symmetric, (P, P); a `LinearOperator` or a dense tensor.
@@ -97,7 +99,7 @@ def eigsh(
     V = _start_block(A, k, start, random_columns, generator)
     AV = _product(A, V)
     T = _symmetric(V.T @ AV)
-    explore = start is not None and random_columns > 0
+    explore, explored = start is not None and random_columns > 0, 0
     matvecs, extremes = V.shape[1], (float("inf"), float("-inf"))
     while True:
         theta, Y = torch.linalg.eigh(T)
@@ -109,8 +111,11 @@ def eigsh(
         scale = theta.abs().max()
         floor = 16 * eps * scale
         wanted = torch.nonzero(residuals[:k] > torch.clamp(tol * scale, min=floor))[:, 0].tolist()
-        if explore and not wanted and _may_rise(theta, residuals, k, which, max(tol * float(scale), float(floor))):
-            wanted = [k]
+        if explore and not wanted:
+            explored += 1
+            early = explored <= EXPLORE and V.shape[1] > k and bool(residuals[k] > floor)
+            if early or _may_rise(theta, residuals, k, which, max(tol * float(scale), float(floor))):
+                wanted = [k]
         extremes = (min(extremes[0], float(theta.min())), max(extremes[1], float(theta.max())))
         wanted = wanted[: max(0, max_matvecs - matvecs)]
         if not wanted or V.shape[1] == P:
