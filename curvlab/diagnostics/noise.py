@@ -220,6 +220,8 @@ def gradient_concentration(at: Snapshot, *, batch_size: BatchSizes = None) -> Me
         total = float(second_moment(at, b).value)  # type: ignore[arg-type]
         if not total:
             return missing("the gradient of every batch is zero")
+        if noise_share(at.objective.size, b, at.replacement) == 0.0:
+            return Measurement(1.0)
         found = exact(squared_norm(at) / total, at.objective)
         return replace(found, floor=found.floor + 2 * math.sqrt(squared_norm(at)) * at.gradient_floor / total)
 
