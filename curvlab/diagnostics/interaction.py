@@ -50,6 +50,9 @@ def interaction_trace(
     used, eigenpairs are refitted every 8 steps, never from the same step's probes, and the variance of the probes,
     relative to the first part, is pooled over the last 8 measured steps.
 
+    Few probes at initialization, where no few directions carry the trace, are skewed: on a net of 40 examples 95% intervals
+    from 4 or 8 probes covered 87-88%.
+
     Args:
         batch_size: b, or a sequence for a curve from the same two traces; default that of training.
         exact: all N products (or 2P, whichever is less), no error: for small problems. N of at most `probes` does it
