@@ -76,7 +76,7 @@ def interaction_trace(
         first = _interaction_of_examples(at, exact, probes, k, target, budget)
         return _checked(first.scaled(share, plus=(1 - share) * full, floor=(1 - share) * floor))
 
-    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, trace_at)
+    return over_batch_sizes(at, batch_size, trace_at)
 
 
 @diagnostic(
@@ -99,7 +99,7 @@ def interaction_sharpness(at: Snapshot, *, batch_size: BatchSizes = None, **opti
     def ratio(b: int) -> Measurement:
         return _over(interaction_trace(at, batch_size=b, **options), second_moment(at, b))
 
-    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, ratio)
+    return over_batch_sizes(at, batch_size, ratio)
 
 
 @diagnostic(
@@ -114,9 +114,8 @@ def instability(at: Snapshot, *, batch_size: BatchSizes = None, **options: Any) 
     """Above 2/lr the expected loss of a locally quadratic function increases with the next step of plain SGD.
 
     The denominator is exact. Andreyev and Beneventano 2024 call the same number gradient-noise interaction, which is an
-    alias here. At a
-    plateau of the loss it is 2/lr by balance of noise alone (eq. 6 with zero on the left), so it marks an edge only
-    with evidence beyond that (see `curvlab.claims`). Options as `interaction_trace`.
+    alias here. At a plateau of the loss it is 2/lr by balance of noise alone (eq. 6 with zero on the left), so it marks
+    an edge only with evidence beyond that (see `curvlab.claims`). Options as `interaction_trace`.
 
     Source: Lee 2022, Definition 1.
     """
@@ -124,7 +123,7 @@ def instability(at: Snapshot, *, batch_size: BatchSizes = None, **options: Any) 
     def ratio(b: int) -> Measurement:
         return _over(interaction_trace(at, batch_size=b, **options), second_moment_full(at))
 
-    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, ratio)
+    return over_batch_sizes(at, batch_size, ratio)
 
 
 @diagnostic(
@@ -186,7 +185,7 @@ def expected_loss_difference(
         )  # fmt: skip
         return _checked(found)
 
-    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, difference)
+    return over_batch_sizes(at, batch_size, difference)
 
 
 def second_moment_full(at: Snapshot) -> Measurement:

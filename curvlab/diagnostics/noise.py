@@ -113,7 +113,7 @@ def mean_resultant_length(at: Snapshot, *, batch_size: BatchSizes = None, sample
         error = math.sqrt((m - 1) / m * float((without - without.mean()).square().sum()))
         return Measurement(value, error, "sem", df=m - 1, floor=16 * torch.finfo(at.objective.dtype).eps)
 
-    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, length)
+    return over_batch_sizes(at, batch_size, length)
 
 
 @diagnostic(
@@ -149,7 +149,7 @@ def batch_gradient_norm_variation(
         error = math.sqrt((m - 1) / m * float((without - without.mean()).square().sum()))
         return Measurement(value, error, "sem", df=m - 1, floor=16 * torch.finfo(at.objective.dtype).eps)
 
-    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, variation)
+    return over_batch_sizes(at, batch_size, variation)
 
 
 @diagnostic(
@@ -178,7 +178,7 @@ def batch_gradient_top_share(
         floor = 16 * torch.finfo(at.objective.dtype).eps
         return Measurement(value, subspace_error(pairs, k), "bound", floor=floor)
 
-    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, share)
+    return over_batch_sizes(at, batch_size, share)
 
 
 @diagnostic(
@@ -225,7 +225,7 @@ def gradient_concentration(at: Snapshot, *, batch_size: BatchSizes = None) -> Me
         found = exact(squared_norm(at) / total, at.objective)
         return replace(found, floor=found.floor + 2 * math.sqrt(squared_norm(at)) * at.gradient_floor / total)
 
-    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, rho)
+    return over_batch_sizes(at, batch_size, rho)
 
 
 def draw_batches(n: int, b: int, count: int, replacement: bool, generator: torch.Generator) -> Tensor:
@@ -287,11 +287,12 @@ def second_moment(at: Snapshot, b: int) -> Measurement:
 def over_batch_sizes(
     at: Snapshot, batch_size: BatchSizes | tuple[int, ...], one: Callable[[int], Measurement]
 ) -> Measurement:
-    """`one(b)` for one batch size, or an array over the axis "batch_size" for several.
+    """`one(b)` for one batch size, or an array over the axis "batch_size" for several; default those of the snapshot.
 
     Raises:
         ValueError: no batch size at all.
     """
+    batch_size = at.batch_size if batch_size is None else batch_size
     if batch_size is None:
         raise ValueError("batch_size is missing; pass batch_size=32, or a sequence of batch sizes")
     sizes = batch_sizes(batch_size)

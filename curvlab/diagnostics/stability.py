@@ -245,7 +245,7 @@ def _over_batches(
         found = estimate(at, (name, b), draw, probes=count, target=target, budget=budget)
         return replace(found, floor=16 * torch.finfo(at.objective.dtype).eps * abs(float(found.value)))  # type: ignore[arg-type]
 
-    return over_batch_sizes(at, batch_size if batch_size is not None else at.batch_size, mean)
+    return over_batch_sizes(at, batch_size, mean)
 
 
 def _draw_curvatures(at: Snapshot, b: int, count: int, curvatures: list[Tensor], norms: list[Tensor]) -> None:
