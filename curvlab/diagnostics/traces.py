@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..linalg import LinearOperator, spectral_density, trace
 from ..linalg.probes import rademacher
+from ..linalg.trace import quadratic_mean
 from ..measurement import Measurement, missing
 from ..operators import ggn
 from ..snapshot import Snapshot
@@ -64,13 +65,14 @@ def hessian_trace(
     G = at.shared("ggn", lambda: ggn(at.objective, at.w))
     chosen = str(method)
     if method == "auto":
-        plain, rest = _quadratic(at, G, 4, generator)
-        chosen = "split" if rest.std() < plain.std() else "hutchinson"
+        Z, HZ, GZ = _images(at, G, 4, generator)
+        plain, rest = quadratic_mean(Z, HZ), quadratic_mean(Z, HZ - GZ)
+        chosen = "split" if rest.error < plain.error else "hutchinson"
     split = chosen == "split"
 
-    def draw(count: int) -> list[float]:
-        plain, rest = _quadratic(at, G if split else None, count, generator)
-        return (rest if split else plain).tolist()
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        Z, HZ, GZ = _images(at, G if split else None, count, generator)
+        return Z, HZ - GZ
 
     known = float(fisher_trace(at, exact=True).value) if split else 0.0  # type: ignore[arg-type]
     key = ("hessian_trace", chosen)
@@ -116,8 +118,9 @@ def hessian_density(at: Snapshot, *, num_probes: int = 8, steps: int = 40, point
     return Measurement(found.values.numpy(), found.errors.numpy(), "sem", np.full(points, num_probes - 1.0), axis=axis)
 
 
-def _quadratic(at: Snapshot, G: LinearOperator | None, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """zᵀHz and zᵀ(H - G)z for random signs z, float64."""
+def _images(
+    at: Snapshot, G: LinearOperator | None, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random signs Z and their images H Z and G Z (zero without G), (P, count) each."""
     Z = rademacher((at.objective.num_params, count), at.gradient, generator=generator)
-    plain = (Z * (at.hessian @ Z)).sum(0, dtype=torch.float64)
-    return plain, plain if G is None else plain - (Z * (G @ Z)).sum(0, dtype=torch.float64)
+    return Z, at.hessian @ Z, torch.zeros_like(Z) if G is None else G @ Z
