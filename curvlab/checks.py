@@ -84,6 +84,22 @@ def memory_bytes(memory: int | str | None, device: torch.device) -> int:
     return size
 
 
+def population(given: int | None, size: int, weighted: bool) -> int | None:
+    """The number of examples of which `size` are a sample; None where they are all.
+
+    Raises:
+        ValueError: fewer than there are, or examples with weights, whose mean over the population is unknown.
+    """
+    if given is None or given == size:
+        return None
+    if given < size or weighted:
+        raise ValueError(
+            f"population_size is {given} for {size} {'weighted ' if weighted else ''}examples; expected the number of examples "
+            "of which the data are a uniform sample, without weights"
+        )
+    return int(given)
+
+
 def finite_data(examples: Examples) -> None:
     """Refuse NaN and infinity in the data.
 

@@ -54,6 +54,9 @@ class Objective:
         memory: bytes, or text such as ``"2GiB"``, for kept graphs and captured activations; default an eighth of the
             machine's memory, or a quarter of the GPU's.
         weights: (N,) non-negative weights of the examples; s_i = weight_i / mean weight, otherwise s_i = 1.
+        population_size: how many examples training has, where `data` is a random sample of them. tr(S_b), tr(H S_b), their
+            ratios, Γ, the noise scale and the sharpness are then estimated for all of them, with the error of sampling;
+            everything else is of `data`.
 
     Raises:
         ValueError, TypeError: what would give a silently wrong number: nothing to train, mixed or half-precision or
@@ -80,6 +83,7 @@ class Objective:
         chunk_size: int | None = None,
         memory: int | str | None = None,
         weights: Tensor | None = None,
+        population_size: int | None = None,
     ) -> None:
         if mode not in ("eval", "train"):
             raise ValueError(f"mode is {mode!r}; expected 'eval' or 'train'")
@@ -105,6 +109,7 @@ class Objective:
             if self.examples.nbytes() <= self.memory / 4:
                 self.examples.map(self._place)
             self.weights = self._scaled(weights)
+        self.population_size = checks.population(population_size, self.size, self.weights is not None)
         self.given_chunk_size = chunk_size
         checks.deterministic_mean(self)
         checks.no_recomputation(self)
@@ -285,6 +290,7 @@ class Objective:
             "chunk_size": self.chunk_size,
             "memory": self.memory,
             "weighted": self.weights is not None,
+            "population_size": self.population_size,
         }
 
     def losses(self, params: list[Tensor], chunk: Chunk) -> Tensor:

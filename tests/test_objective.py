@@ -689,6 +689,12 @@ REFUSALS = {
         "weights of a foreign batch are unknown",
         lambda: objective(weights=torch.ones(12)).value(batch=(X, Y)),
     ),
+    "population": (ValueError, "population_size is 5 for 12 examples", lambda: objective(population_size=5)),
+    "groups_of_a_population": (
+        ValueError,
+        "at least 3 groups of examples, got 2",
+        lambda: cl.measure(objective(population_size=50), [("gradient_concentration", {"samples": 2})], batch_size=2),
+    ),
     "reduced_function": (
         ValueError,
         r"the loss returned shape \(\) for a batch of 8; expected \(8,\)",

@@ -16,6 +16,7 @@ from ..snapshot import Snapshot
 from .estimation import default_probes, estimate
 from .noise import BatchSizes, over_batch_sizes, second_moment, squared_norm
 from .registry import diagnostic
+from .sampled import HS_B, S_B, S_N, sampled_moments
 
 POOL = 32  # random batches of which one is evaluated
 REFRESH = 8  # steps between two fits of the control variate
@@ -55,7 +56,9 @@ def interaction_trace(
         batch_size: b, or a sequence for a curve from the same two traces; default that of training.
         exact: all N products (or 2P, whichever is less), no error: for small problems. N of at most `probes` does it
             anyway.
-        probes: random vectors v.
+        probes: random vectors v; where moments are sampled (batch normalization with the statistics of the batch, data that
+            are a sample of a population), the `samples` of `curvlab.diagnostics.sampled.sampled_moments`, and no other
+            option applies.
         k: eigenpairs of the control variate; default 10, at most P.
         target: relative half-width of the 95% interval of tr(H S_1), reached by as many probes as it takes, at most
             `budget` (512); see `curvlab.diagnostics.estimation.estimate`.
@@ -64,6 +67,9 @@ def interaction_trace(
     """
 
     def trace_at(b: int) -> Measurement:
+        sampled = sampled_moments(at, b, probes, curvature=True)
+        if sampled:
+            return sampled.entry(HS_B)
         share = noise_share(at.objective.size, b, at.replacement)
         g, Hg = at.gradient.double(), at.hessian_gradient.double()
         full = float(g @ Hg)
@@ -95,6 +101,9 @@ def interaction_sharpness(at: Snapshot, *, batch_size: BatchSizes = None, **opti
     """
 
     def ratio(b: int) -> Measurement:
+        sampled = sampled_moments(at, b, options.get("probes"), curvature=True)
+        if sampled:
+            return sampled.ratio(HS_B, S_B)
         return _over(interaction_trace(at, batch_size=b, **options), second_moment(at, b))
 
     return over_batch_sizes(at, batch_size, ratio)
@@ -119,6 +128,9 @@ def instability(at: Snapshot, *, batch_size: BatchSizes = None, **options: Any) 
     """
 
     def ratio(b: int) -> Measurement:
+        sampled = sampled_moments(at, b, options.get("probes"), curvature=True)
+        if sampled:
+            return sampled.ratio(HS_B, S_N)
         return _over(interaction_trace(at, batch_size=b, **options), second_moment_full(at))
 
     return over_batch_sizes(at, batch_size, ratio)

@@ -15,6 +15,7 @@ from ..operators import noise_share
 from ..snapshot import Snapshot
 from .estimation import default_probes
 from .registry import batch_sizes, diagnostic
+from .sampled import S_B, S_N, sampled_moments
 from .tracking import subspace_error, top_eigenpairs
 from .values import exact
 
@@ -22,15 +23,26 @@ BatchSizes = int | Sequence[int] | None
 
 
 @diagnostic("tr(S_b)", formula="E‖g_b‖² = (γ/b) tr(S_1) + (1 - γ/b) ‖∇L‖²", kind="exact", cost="1 gradient, shared")
-def gradient_second_moment_trace(at: Snapshot, *, batch_size: BatchSizes = None) -> Measurement:
+def gradient_second_moment_trace(
+    at: Snapshot, *, batch_size: BatchSizes = None, samples: int | None = None
+) -> Measurement:
     """Expected squared norm of the mini-batch gradient; for b = 1 (also the default) the mean of ‖g_i‖².
 
     From exact per-example norms, layer by layer. A sequence of batch sizes gives a curve from the same two traces.
 
+    Args:
+        samples: of `curvlab.diagnostics.sampled.sampled_moments`, which serves, with a standard error, where batch
+            normalization couples the examples of a batch or where the data are a sample of a population.
+
     Source: Lee 2022, eq. 1 and 12.
     """
     asked = batch_size if batch_size is not None else at.batch_size
-    return over_batch_sizes(at, 1 if asked is None else asked, lambda b: second_moment(at, b))
+
+    def trace(b: int) -> Measurement:
+        sampled = sampled_moments(at, b, samples, curvature=False)
+        return sampled.entry(S_B) if sampled else second_moment(at, b)
+
+    return over_batch_sizes(at, 1 if asked is None else asked, trace)
 
 
 @diagnostic("Γ", formula="tr(C_1) = (1/N) Σ ‖g_i‖² - ‖∇L‖²", kind="exact", cost="1 gradient, shared")
@@ -41,6 +53,9 @@ def gradient_variance(at: Snapshot) -> Measurement:
 
     Source: Smith et al. 2021 (arXiv 2101.12176), eq. 22 and 32.
     """
+    sampled = sampled_moments(at, 1, None, curvature=False)
+    if sampled:
+        return sampled.of(lambda x: x[..., S_B] - x[..., S_N])
     total = mean_squared_norm(at)
     found = exact(total - squared_norm(at), at.objective, scale=total)
     share, count = _top_share(at)
@@ -65,6 +80,9 @@ def gradient_noise_scale(at: Snapshot) -> Measurement:
 
     Source: McCandlish et al. 2018 (arXiv 1812.06162), eq. 2.9.
     """
+    sampled = sampled_moments(at, 1, None, curvature=False)
+    if sampled:
+        return sampled.of(lambda x: x[..., S_B] / x[..., S_N] - 1, below=S_N)
     full, total = squared_norm(at), mean_squared_norm(at)
     if full == 0.0:
         return missing("the gradient is zero, so the ratio does not exist")
@@ -210,13 +228,18 @@ def loss_output_gradient(at: Snapshot) -> Measurement:
 
 
 @diagnostic("ρ_b", formula="‖∇L‖² / tr(S_b)", kind="exact", cost="1 gradient, shared", needs=["batch_size"])
-def gradient_concentration(at: Snapshot, *, batch_size: BatchSizes = None) -> Measurement:
+def gradient_concentration(at: Snapshot, *, batch_size: BatchSizes = None, samples: int | None = None) -> Measurement:
     """How concentrated mini-batch gradients are, 0 to 1; 1 for full batches without replacement.
+
+    `samples` as for `gradient_second_moment_trace`.
 
     Source: Lee 2022, Definition 3 and eq. 12.
     """
 
     def rho(b: int) -> Measurement:
+        sampled = sampled_moments(at, b, samples, curvature=False)
+        if sampled:
+            return sampled.ratio(S_N, S_B)
         total = float(second_moment(at, b).value)  # type: ignore[arg-type]
         if not total:
             return missing("the gradient of every batch is zero")
