@@ -22,6 +22,7 @@ USAGE = """usage: curvlab COMMAND ...
 
   run [PRESET] [options]    train, measure every step, judge and draw; default preset: edge-of-stability
   measure RUN [options]     measure the final point of a run
+  landscape RUN [options]   draw the loss around the final point of a run
   claims RUN ... [--json]   what runs say about the papers' claims
   plot RUN ...              draw the figures of runs
   list                      presets, diagnostics and claims
@@ -33,7 +34,14 @@ USAGE = """usage: curvlab COMMAND ...
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"run": _run, "measure": _measure, "claims": _claims, "plot": _plot, "list": _list}
+    commands = {
+        "run": _run,
+        "measure": _measure,
+        "landscape": _landscape,
+        "claims": _claims,
+        "plot": _plot,
+        "list": _list,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -120,7 +128,8 @@ def _measure(arguments: list[str]) -> int:
         batch_size: tuple[int, ...] = (),
         seed: int = 0,
         json: bool = False,
-    ) -> tuple[Path, tuple[str, ...], tuple[int, ...], int, bool]:
+        figure: Path | None = None,
+    ) -> dict[str, Any]:
         """Measure the final point of a run that `curvlab run` made.
 
         Args:
@@ -129,11 +138,38 @@ def _measure(arguments: list[str]) -> int:
             batch_size: b of S_b; several give a curve; default that of training.
             seed: Of the random probes.
             json: Print JSON.
+            figure: Draw what has an axis (spectra, layers, curves) to this file.
         """
-        return run, diagnostics, batch_size, seed, json
+        return locals()
 
-    path, names, sizes, seed, as_json = tyro.cli(options, args=arguments, prog="curvlab measure")
+    asked = tyro.cli(options, args=arguments, prog="curvlab measure")
     from .point import measure
+
+    experiment, L, test, b, final = _final_point(asked["run"])
+    sizes = asked["batch_size"]
+    size = (sizes if len(sizes) > 1 else sizes[0]) if sizes else b
+    found = measure(
+        L, asked["diagnostics"], w=final["params"], batch_size=size, replacement=experiment.replacement, lr=experiment.lr,
+        test=test, seed=asked["seed"],
+    )  # fmt: skip
+    if asked["json"]:
+        measured = {name: m.to_dict() for name, m in found.items()}
+        print(json.dumps({"step": final["step"], "measurements": measured}, indent=2))
+    else:
+        print(
+            f"{asked['run']}, step {final['step']}, N = {L.size}, P = {L.num_params}, b = {size}, "
+            f"2/lr = {2 / experiment.lr:.5g}"
+        )
+        print(_measurement_table(found))
+    if asked["figure"]:
+        from . import plots
+
+        plots.measurements(found, title=f"{asked['run'].name}, step {final['step']}").savefig(asked["figure"], dpi=150)
+    return 0
+
+
+def _final_point(path: Path) -> tuple[Experiment, Any, Any, int, dict[str, Any]]:
+    """Experiment, training and test objective, batch size and saved tensors of a run that `curvlab run` made."""
     from .problems.presets import build, from_config
 
     run = Run(path)
@@ -141,35 +177,49 @@ def _measure(arguments: list[str]) -> int:
     L, test, _, batches = build(experiment, b)
     final = run.load("final")
     L.model.load_state_dict(final["buffers"], strict=False)
-    size = (sizes if len(sizes) > 1 else sizes[0]) if sizes else batches.batch_size
-    found = measure(
-        L,
-        names,
-        w=final["params"],
-        batch_size=size,
-        replacement=experiment.replacement,
-        lr=experiment.lr,
-        test=test,
-        seed=seed,
-    )
-    if as_json:
-        print(
-            json.dumps(
-                {"step": final["step"], "measurements": {name: m.to_dict() for name, m in found.items()}}, indent=2
-            )
-        )
-        return 0
-    print(f"{path}, step {final['step']}, N = {L.size}, P = {L.num_params}, b = {size}, 2/lr = {2 / experiment.lr:.5g}")
+    return experiment, L, test, batches.batch_size, final
+
+
+def _measurement_table(found: dict[str, Any]) -> str:
     rows = []
     for name, m in found.items():
         cost = (m.kind, str(m.matvecs), f"{m.seconds:.3f}", m.note or "")
-        points = (
-            [(f"{name}  {m.axis[0]}={c}", m.select(**{m.axis[0]: c})) for c in m.axis[1]] if m.axis else [(name, m)]
-        )
+        points = [(name, m)]
+        if m.axis and len(m.axis[1]) <= 12:
+            points = [(f"{name}  {m.axis[0]}={c}", m.select(**{m.axis[0]: c})) for c in m.axis[1]]
         rows += [
             (label, str(point), *(cost if i == 0 else (m.kind, "", "", ""))) for i, (label, point) in enumerate(points)
         ]
-    print(_table(("quantity", "value ± error", "kind", "products", "seconds", "note"), rows))
+    return _table(("quantity", "value ± error", "kind", "products", "seconds", "note"), rows)
+
+
+def _landscape(arguments: list[str]) -> int:
+    def options(
+        run: Annotated[Path, tyro.conf.Positional], radius: float = 1.0, points: int = 25, out: Path | None = None
+    ) -> dict[str, Any]:
+        """Draw the loss around the final point of a run: along q_1, q_2 and the step, and over the planes they span.
+
+        Args:
+            run: Folder of the run.
+            radius: How far to each side, in the unit of the parameters.
+            points: On each side of a plane.
+            out: Folder of the figures; default that of the run.
+        """
+        return locals()
+
+    asked = tyro.cli(options, args=arguments, prog="curvlab landscape")
+    from . import landscape, plots
+
+    experiment, L, _, _, final = _final_point(asked["run"])
+    w, given = final["params"], {"radius": asked["radius"]}
+    step = -experiment.lr * L.gradient(w)
+    figures = {
+        "landscape_lines": plots.lines(landscape.top_lines(L, w, step=step, **given)),
+        "landscape_q1_q2": plots.plane(landscape.top_plane(L, w, points=asked["points"], **given)),
+        "landscape_q1_step": plots.plane(landscape.top_plane(L, w, step=step, points=asked["points"], **given)),
+    }
+    for path in plots.save({(asked["out"] or asked["run"]) / name: figure for name, figure in figures.items()}):
+        print(path)
     return 0
 
 

@@ -34,6 +34,21 @@ class Plane:
     distances: np.ndarray
 
 
+@dataclass(frozen=True)
+class Lines:
+    """L(w + α d) along several directions d of length 1.
+
+    Attributes:
+        alphas: (A,) distances, in the unit of the parameters.
+        values: (D, A) losses; not finite where the loss is not.
+        names: (D,) what the directions are.
+    """
+
+    alphas: np.ndarray
+    values: np.ndarray
+    names: tuple[str, ...]
+
+
 def line(L: Objective, w: Tensor, direction: Tensor, alphas: Sequence[float] | np.ndarray) -> np.ndarray:
     """L(w + α d) for each α, (A,) float64; exact, one forward pass each.
 
@@ -77,6 +92,33 @@ def plane(
         np.asarray(alphas, float), np.asarray(betas, float), values, names,
         coordinates.T.cpu().numpy(), distances.cpu().numpy(),
     )  # fmt: skip
+
+
+def top_lines(
+    L: Objective,
+    w: Tensor | None = None,
+    *,
+    k: int = 2,
+    step: Tensor | None = None,
+    radius: float = 1.0,
+    points: int = 41,
+    generator: torch.Generator | None = None,
+) -> Lines:
+    """The loss along the k top Hessian eigenvectors and along a `step`, such as -∇L, through w.
+
+    Args:
+        w: (P,) the centre; default the model's current parameters.
+        step: (P,) a further direction.
+        radius: how far to each side, in the unit of the parameters.
+        points: on each line.
+    """
+    w = L.params() if w is None else w
+    directions = list(eigsh(hessian(L, w), k, generator=generator).vectors.T)
+    names = [f"q_{i + 1}" for i in range(k)]
+    if step is not None:
+        directions, names = [*directions, step / step.norm()], [*names, "the step"]
+    alphas = np.linspace(-radius, radius, points)
+    return Lines(alphas, np.stack([line(L, w, d, alphas) for d in directions]), tuple(names))
 
 
 def top_plane(

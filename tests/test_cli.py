@@ -79,6 +79,20 @@ def test_the_end_of_a_run_can_be_measured_again(main_job, capsys):
     assert "batch_size=32" in capsys.readouterr().out
 
 
+def test_the_surroundings_of_the_end_are_drawn(tmp_path, capsys):
+    run = tmp_path / "run"
+    main(["run", *SHORT, "--out", str(run)])
+    capsys.readouterr()
+    assert main(["landscape", str(run), "--points", "5", "--radius", "0.5"]) == 0
+    names = ["landscape_lines.png", "landscape_q1_q2.png", "landscape_q1_step.png"]
+    assert capsys.readouterr().out.splitlines() == [str(run / name) for name in names]
+    asked = ["--diagnostics", "hessian_eigenvalues", "layer_gradient_norm", "--figure", str(run / "measured.png")]
+    assert main(["measure", str(run), *asked]) == 0
+    assert "index=1" in capsys.readouterr().out
+    for name in [*names, "measured.png"]:
+        assert matplotlib.image.imread(run / name)[..., :3].std() > 0.05
+
+
 def test_several_batch_sizes_are_several_runs(tmp_path, capsys):
     folder = tmp_path / "iir"
     assert main(["run", "sgd-iir", "--batch-size", "4", "16", "--out", str(folder), *SHORT]) == 0

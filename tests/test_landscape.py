@@ -39,6 +39,18 @@ def test_the_top_plane_of_a_quadratic_has_its_two_top_curvatures():
     assert figure.axes[0].get_xlabel() == "along q_1"
 
 
+def test_lines_along_the_eigenvectors_and_the_step():
+    L = quadratic()
+    step = torch.tensor([-3.0, 0.0, 0.0], dtype=F64)
+    found = landscape.top_lines(L, torch.zeros(3, dtype=F64), step=step, radius=2.0, points=5)
+    assert found.names == ("q_1", "q_2", "the step")
+    for values, curvature in zip(found.values, (5.0, 2.0, 1.0), strict=True):
+        assert values == pytest.approx(0.5 * curvature * found.alphas**2, abs=1e-2)
+    (axes,) = plots.lines(found).axes
+    assert [line.get_label() for line in axes.lines[:3]] == ["along q_1", "along q_2", "along the step"]
+    assert np.allclose(axes.lines[0].get_ydata(), found.values[0])
+
+
 def test_a_step_spans_the_second_direction():
     L = quadratic()
     step = torch.tensor([1.0, 0.0, 1.0], dtype=F64)

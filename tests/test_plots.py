@@ -5,9 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from test_claims import planted, wave
 
-from curvlab import Run, plots
+import curvlab as cl
+from curvlab import Measurement, Run, plots
 
 
 @pytest.fixture
@@ -81,3 +83,36 @@ def test_nothing_to_draw_is_said(tmp_path):
 def test_plots_need_no_torch():
     code = "import sys, curvlab.plots, curvlab.claims\nassert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_was_measured_over_an_axis_is_drawn_with_its_interval():
+    two, zero = np.array([4.0, 2.0]), np.zeros(2)
+    found = {
+        "hessian_eigenvalues": Measurement(two, np.ones(2), "bound", axis=("index", (1, 2))),
+        "layer_gradient_norm": Measurement(two, zero, axis=("layer", ("first", "second"))),
+        "interaction_sharpness": Measurement(two, np.ones(2), "sem", np.full(2, 5.0), axis=("batch_size", (8, 32))),
+        "hessian_density": Measurement(two, zero, "sem", np.full(2, 5.0), axis=("eigenvalue", (0.0, 1.0))),
+        "loss": Measurement(1.0),
+        "gradient_noise_scale": Measurement(None, note="zero gradient"),
+    }
+    figure = plots.measurements(found, title="a point")
+    assert [ax.get_title(loc="left") for ax in figure.axes if ax.get_visible()] == list(found)[:4]
+    spectrum, layers, sizes, density = figure.axes[:4]
+    ends = spectrum.collections[0].get_segments()
+    assert [(s[0][1], s[1][1]) for s in ends] == [(3.0, 5.0), (1.0, 3.0)]
+    assert [t.get_text() for t in layers.get_yticklabels()] == ["first", "second"]
+    assert [bar.get_width() for bar in layers.patches] == [4.0, 2.0]
+    assert (sizes.get_xscale(), density.get_yscale(), density.get_xlabel()) == ("log", "log", "eigenvalue")
+    with pytest.raises(ValueError, match="no quantity has an axis"):
+        plots.measurements({"loss": Measurement(1.0)})
+
+
+def test_a_density_is_drawn_for_any_operator():
+    A = torch.diag(torch.cat([torch.zeros(90), torch.full((10,), 5.0)])).double()
+    found = cl.spectral_density(A, generator=torch.Generator().manual_seed(0))
+    (axes,) = plots.density(found, title="planted").axes
+    x, y = axes.lines[0].get_data()
+    assert np.allclose(x, found.grid)
+    peaks = x[y > 0.1 * y.max()]
+    assert ((np.abs(peaks) < 0.5) | (np.abs(peaks - 5) < 0.5)).all()
+    assert peaks.min() < 0.5 < 4.5 < peaks.max()

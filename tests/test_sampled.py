@@ -132,7 +132,8 @@ def test_intervals_of_sampled_batches_are_calibrated():
 def _moments_of(G: Tensor, H: Tensor) -> np.ndarray:
     """‖g‖², tr(S_1), gᵀHg, tr(H S_1) of examples with gradients G (n, P) and Hessians H (n, P, P)."""
     g, mean = G.mean(0), H.mean(0)
-    return np.array([float(g @ g), float(G.square().sum(1).mean()), float(g @ mean @ g), float(((G @ mean) * G).sum(1).mean())])  # fmt: skip
+    second, interaction = G.square().sum(1).mean(), ((G @ mean) * G).sum(1).mean()
+    return np.array([float(value) for value in (g @ g, second, g @ mean @ g, interaction)])
 
 
 def _estimates(G: Tensor, H: Tensor, N: float) -> tuple[float, float]:

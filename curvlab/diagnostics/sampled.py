@@ -1,4 +1,4 @@
-"""Moments of the batch gradient where no closed form gives them: a loss that couples its batch, or data that are a sample."""
+"""Moments of the batch gradient that no closed form gives: of a loss that couples its batch, of data that are a sample."""
 
 from __future__ import annotations
 

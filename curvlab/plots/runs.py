@@ -1,24 +1,19 @@
-"""Figures of runs, as the papers draw them. Imports no torch: a log is all that a figure needs."""
+"""Figures of runs, as the papers draw them: a log is all that a figure needs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .runs import Run, Series
+from ..runs import Run, Series
+from .style import BLACK, BLUE, GREEN, RED, SHADES, axes_of, fill, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from .landscape import Plane
-
-# Okabe and Ito's colours: told apart by the colour-blind, and in print by line style.
-BLUE, RED, GREEN, ORANGE, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#333333"
-SHADES = ["#440154", "#3b528b", "#21918c", "#5ec962", "#e0b400"]  # dark to light: small to large batches
 
 
 def plot(runs: Run | Sequence[Run], folder: str | Path | None = None) -> list[Path]:
@@ -48,18 +43,12 @@ def plot(runs: Run | Sequence[Run], folder: str | Path | None = None) -> list[Pa
             figures[place / "quantities"] = quantities(run)
     if not figures:
         raise ValueError("nothing to draw: no run has measurements; ask for some with train(diagnostics=...)")
-    paths = []
-    for path, figure in figures.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in (".png", ".pdf"):
-            figure.savefig(path.with_suffix(suffix), dpi=150)
-        paths.append(path.with_suffix(".png"))
-    return paths
+    return save(figures)
 
 
 def edge_of_stability(run: Run) -> Figure:
     """Loss above, sharpness and interaction-aware sharpness against 2/lr below, with 95% intervals (Lee 2022, fig. 4a-c)."""
-    figure, (top, bottom) = _axes(2, figsize=(7.2, 5.6), sharex=True, height_ratios=[1, 1.7])
+    figure, (top, bottom) = axes_of(2, figsize=(7.2, 5.6), sharex=True, height_ratios=[1, 1.7])
     loss = run.series("loss")
     top.semilogy(loss.steps, loss.values, color=BLACK, lw=1)
     top.set_ylabel("training loss")
@@ -88,7 +77,7 @@ def edge_of_stability(run: Run) -> Figure:
 
 def batch_sizes(runs: Sequence[Run]) -> Figure:
     """‖H‖_{S_b} of several runs against its bound 2ρ_b/lr, for each batch size (Lee 2022, fig. 4d); running medians."""
-    figure, (left, right) = _axes(1, 2, figsize=(9.6, 4.4), width_ratios=[1.5, 1])
+    figure, (left, right) = axes_of(1, 2, figsize=(9.6, 4.4), width_ratios=[1.5, 1])
     runs = sorted(runs, key=lambda run: run.config["training"]["batch_size"])
     plateaus = []
     for i, run in enumerate(runs):
@@ -123,7 +112,7 @@ def batch_sizes(runs: Sequence[Run]) -> Figure:
 
 def loss_difference(run: Run) -> Figure:
     """Expected loss difference against `instability`, in units in which eq. 6 is y = x - 1 (Lee 2022, figs. 1, 2)."""
-    figure, axes = _axes(1, figsize=(6.4, 4.6))
+    figure, axes = axes_of(1, figsize=(6.4, 4.6))
     lr = run.column("lr")[1]
     x, y, g = (run.series(name) for name in ("instability", "expected_loss_difference", "gradient_norm"))
     lr = lr[: len(x)]
@@ -150,24 +139,6 @@ def loss_difference(run: Run) -> Figure:
     return figure
 
 
-def plane(plane: Plane) -> Figure:
-    """Contours of the loss over a plane of `curvlab.landscape`, with its path."""
-    figure, axes = _axes(1, figsize=(5.6, 4.6))
-    values = np.where(np.isfinite(plane.values), plane.values, np.nan)
-    positive = np.nanmin(values) > 0
-    shown = np.log10(values) if positive else values
-    contours = axes.contourf(plane.alphas, plane.betas, shown.T, levels=30, cmap="viridis")
-    axes.contour(plane.alphas, plane.betas, shown.T, levels=30, colors="white", linewidths=0.3)
-    axes.plot(0, 0, "o", color="white", mec=BLACK, label="w")
-    if len(plane.path):
-        axes.plot(plane.path[:, 0], plane.path[:, 1], ".-", color=RED, lw=1, label="path, projected")
-    axes.set_xlabel(f"along {plane.names[0]}")
-    axes.set_ylabel(f"along {plane.names[1]}")
-    axes.legend(fontsize=8)
-    figure.colorbar(contours, ax=axes, label="log10 of the loss" if positive else "loss")
-    return figure
-
-
 def quantities(run: Run, names: Sequence[str] | None = None) -> Figure:
     """Everything that was measured (or `names`), a panel each, with 95% intervals.
 
@@ -176,17 +147,17 @@ def quantities(run: Run, names: Sequence[str] | None = None) -> Figure:
     names = list(names or run.names)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = _axes(rows, columns, figsize=(4.2 * columns, 2.4 * rows), squeeze=False)
+    figure, axes = axes_of(rows, columns, figsize=(4.2 * columns, 2.4 * rows), squeeze=False)
     for ax, name in zip(axes.flat, names, strict=False):
         series = run.series(name)
         ax.set_title(name, fontsize=9, loc="left")
         if series.axis is None:
-            _fill(ax, series.steps, series.values, *series.interval(), BLUE)
+            fill(ax, series.steps, series.values, *series.interval(), BLUE)
         elif len(series.axis[1]) <= 12:
             _lines(ax, series)
         else:
             low, high = (end[-1] for end in series.interval())
-            _fill(ax, np.array(series.axis[1]), series.values[-1], low, high, BLUE)
+            fill(ax, np.array(series.axis[1]), series.values[-1], low, high, BLUE)
             ax.set_xlabel(f"{series.axis[0]}, at step {series.steps[-1]}", fontsize=8)
         ax.tick_params(labelsize=8)
     for ax in axes.flat[len(names) :]:
@@ -204,33 +175,15 @@ def _lines(axes: Axes, series: Series) -> None:
     low, high = series.interval()
     for j, coordinate in enumerate(coordinates):
         colour = colormaps["viridis"](j / max(1, len(coordinates) - 1) * 0.9)
-        _fill(axes, series.steps, series.values[:, j], low[:, j], high[:, j], colour, label=str(coordinate))
+        fill(axes, series.steps, series.values[:, j], low[:, j], high[:, j], colour, label=str(coordinate))
     axes.legend(title=name, fontsize=6, title_fontsize=6, ncols=2)
-
-
-def _fill(axes: Axes, x: Any, y: Any, low: Any, high: Any, colour: Any, label: str | None = None) -> None:
-    axes.plot(x, y, color=colour, lw=1, marker="." if len(x) < 3 else None, label=label)
-    axes.fill_between(x, low, high, color=colour, alpha=0.25, lw=0)
-
-
-def _axes(*shape: int, **options: Any) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure as NewFigure  # not pyplot: no display, no global state
-
-    size = options.pop("figsize")
-    ratios: dict[str, Any] = {k: options.pop(k) for k in ("height_ratios", "width_ratios") if k in options}
-    figure = NewFigure(figsize=size, layout="constrained")
-    axes = figure.subplots(*shape, gridspec_kw=ratios or None, **options)
-    for ax in np.ravel(axes):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, lw=0.5)
-    return figure, axes
 
 
 def _band(axes: Axes, series: Series, colour: str, label: str) -> None:
     low, high = series.interval()
     kinds = {"bound": "residual bound", "sem": "95% interval"}
     meaning = next((kinds[kind] for kind in series.kinds if kind in kinds), "exact")
-    _fill(axes, series.steps, series.values, low, high, colour, f"{label}  ({meaning})")
+    fill(axes, series.steps, series.values, low, high, colour, f"{label}  ({meaning})")
 
 
 def _threshold(axes: Axes, run: Run) -> None:

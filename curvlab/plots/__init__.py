@@ -1,0 +1,18 @@
+"""Figures. Imports no torch: a log, or what was measured, is all that a figure needs."""
+
+from .points import density, lines, measurements, plane
+from .runs import batch_sizes, edge_of_stability, loss_difference, plot, quantities
+from .style import save
+
+__all__ = [
+    "batch_sizes",
+    "density",
+    "edge_of_stability",
+    "lines",
+    "loss_difference",
+    "measurements",
+    "plane",
+    "plot",
+    "quantities",
+    "save",
+]

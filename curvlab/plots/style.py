@@ -1,0 +1,44 @@
+"""Colours and axes that all figures share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours: told apart by the colour-blind, and in print by line style.
+BLUE, RED, GREEN, ORANGE, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#333333"
+SHADES = ["#440154", "#3b528b", "#21918c", "#5ec962", "#e0b400"]  # dark to light: small to large batches
+
+
+def axes_of(*shape: int, **options: Any) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure as NewFigure  # not pyplot: no display, no global state
+
+    size = options.pop("figsize")
+    ratios: dict[str, Any] = {k: options.pop(k) for k in ("height_ratios", "width_ratios") if k in options}
+    figure = NewFigure(figsize=size, layout="constrained")
+    axes = figure.subplots(*shape, gridspec_kw=ratios or None, **options)
+    for ax in np.ravel(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25, lw=0.5)
+    return figure, axes
+
+
+def fill(axes: Axes, x: Any, y: Any, low: Any, high: Any, colour: Any, label: str | None = None) -> None:
+    axes.plot(x, y, color=colour, lw=1, marker="." if len(x) < 3 else None, label=label)
+    axes.fill_between(x, low, high, color=colour, alpha=0.25, lw=0)
+
+
+def save(figures: Mapping[Path, Figure]) -> list[Path]:
+    """Save each figure as PNG and PDF under its path without suffix; returns the PNG paths."""
+    for path, figure in figures.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in (".png", ".pdf"):
+            figure.savefig(path.with_suffix(suffix), dpi=150)
+    return [path.with_suffix(".png") for path in figures]
