@@ -28,16 +28,17 @@ _HOME = {
     "diagnostic": "diagnostics.registry",
     "measure": "point",
     "train": "trainer",
+    "gradient_flow": "flow",
     "Run": "runs",
 }
-_MODULES = ("claims", "diagnostics", "landscape", "linalg", "operators", "plots", "problems")
+_MODULES = ("claims", "diagnostics", "landscape", "linalg", "methods", "operators", "plots", "problems", "regularizers")
 
 __all__ = [
     "Objective", "batch_loss", "Batches", "Measurement", "Snapshot",
     "LinearOperator", "Eigenpairs", "eigsh", "trace", "spectral_density", "dense",
     "hessian", "ggn", "fisher", "gradient_second_moment", "gradient_covariance",
-    "diagnostic", "measure", "train", "Run",
-    "claims", "diagnostics", "landscape", "linalg", "operators", "plots", "problems",
+    "diagnostic", "measure", "train", "gradient_flow", "Run",
+    "claims", "diagnostics", "landscape", "linalg", "methods", "operators", "plots", "problems", "regularizers",
 ]  # fmt: skip
 
 

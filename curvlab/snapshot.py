@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .checks import COUPLING, live_module
 from .hvp import Engine, HessianProducts
 from .linalg import LinearOperator
 from .linalg.probes import generator
@@ -34,7 +33,11 @@ class Snapshot:
         replacement: whether batches are drawn with replacement.
         lr: learning rate about to be used; None where the optimizer has none, or several.
         optimizer: name and settings of the optimizer, such as ``{"name": "SGD", "momentum": 0.0}``.
-        batch_gradient: (P,) gradient about to be used, of the batch that was drawn.
+        batch: what was drawn to be trained on: indices into the data, or a batch of data; None stands for all data.
+        micro_batch_size: |M|, of the parts in which the batch's gradient is accumulated; None for the whole batch.
+        modes: train or eval of the model's modules while it trains, by name; None for those of measuring.
+        penalties: values of the penalties that are trained, as they were drawn, by (name, *options).
+        batch_gradient: (P,) gradient about to be used, of the batch that was drawn, with that of the penalties.
         preconditioner: (P,) what the step is about to divide the gradient by, entry by entry, for adaptive optimizers.
         test: objective over held-out data.
         carry: what earlier snapshots of the run left for later ones (warm starts, pooled variances); None for a point
@@ -50,6 +53,10 @@ class Snapshot:
     replacement: bool = False
     lr: float | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
+    batch: Any = None
+    micro_batch_size: int | None = None
+    modes: dict[str, bool] | None = None
+    penalties: dict[tuple, float] = field(default_factory=dict)
     batch_gradient: Tensor | None = None
     preconditioner: Tensor | None = None
     test: Objective | None = None
@@ -98,7 +105,7 @@ class Snapshot:
 
         def compute() -> float:
             eps = torch.finfo(self.objective.dtype).eps
-            if live_module(self.objective, COUPLING):
+            if self.objective.coupled:
                 return 16 * eps * float(self.gradient.norm())
             return 4 * eps * float(self.examples.squared_norms().mean().sqrt())
 

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import Batches, tree_map
+from .batch_gradient import BatchGradient
+from .batches import Batches
 from .diagnostics import evaluate, parse, require
 from .diagnostics.registry import Request, batch_sizes
 from .hvp import Engine
-from .objective import Chunk, Objective
+from .linalg.probes import generator
+from .objective import Objective
 from .optimizers import learning_rate, preconditioner, settings
+from .regularizers import registry as regularizers
 from .runs import Run
 from .snapshot import Snapshot
 
@@ -26,6 +29,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Any],
     *,
+    penalties: Iterable[tuple[float, regularizers.Request]] = (),
     diagnostics: Iterable[Request] = (),
     every: int = 1,
     run: str | os.PathLike | None = None,
@@ -51,19 +55,25 @@ def train(
         optimizer: over the model's parameters.
         batches: what to train on: indices into the data of L (see `Batches`), or batches of data, such as a
             `DataLoader` with augmentation.
+        penalties: pairs (strength, regularizer), added to the loss that is trained, such as
+            ``(0.01, "gradient_norm")``, ``(0.01, curvlab.regularizers.gradient_norm_penalty)`` or
+            ``(0.01, ("gradient_norm_difference", {"h": 0.001}))``. Their values are measured under their names; all other
+            diagnostics are of the loss without penalties.
         diagnostics: names or (name, options), measured at steps 0, `every`, 2 `every`, ... An odd `every` is wise:
             dynamics at the edge of stability have period 2.
         run: a new folder for the log, and `final.pt` with the last parameters, buffers and number of steps
             taken, whichever way the loop ends.
         config: what else to store in the run's configuration.
         test: held-out data.
-        micro_batch_size: accumulate the batch's gradient over parts of at most so many examples.
+        micro_batch_size: |M|: accumulate the batch's gradient over parts of at most so many examples; those of the
+            penalties, and those with statistics of their own under BatchNorm.
         batch_size, replacement: b of S_b and its sampling; default those of `batches`.
-        seed: of the probes, and of nothing else; data order belongs to `batches`, initialization to the model.
+        seed: of the probes and of what penalties draw, and of nothing else; data order belongs to `batches`,
+            initialization to the model.
         engine: of Hessian-vector products.
 
     Raises:
-        ValueError: unknown diagnostics, or some that need what is not there; before the first step.
+        ValueError: unknown diagnostics or penalties, or some that need what is not there; before the first step.
         FileExistsError: `run` already holds a run.
 
     Example:
@@ -74,13 +84,14 @@ def train(
         >>> [at.step for at in train(L, sgd, cl.Batches(2, 2, steps=3), diagnostics=["loss"])]
         [0, 1, 2]
     """
-    plan = parse(diagnostics)
+    plan, penalties = parse(diagnostics), list(penalties)
     if every < 1:
         raise ValueError(f"every is {every}; expected a whole number of steps from 1")
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ValueError(
-            f"micro_batch_size is {micro_batch_size}; expected at least 1 example, or None for the whole batch"
-        )
+    regularizers.checked_size(micro_batch_size)
+    terms = regularizers.terms(penalties)
+    for _, entry, options in terms:
+        regularizers.require(L, entry)
+        plan.setdefault(entry.name, options)
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not trained & {id(p) for p in L.variables()}:
         raise ValueError(
@@ -109,7 +120,8 @@ def train(
                     "replacement": replacement,
                     "every": every,
                     "diagnostics": list(plan.items()),
-                    "trained_loss": L.live_difference(),
+                    "trained_loss": _trained_loss(L, terms),
+                    "penalties": [[strength, entry.name, options] for strength, entry, options in terms],
                     "micro_batch_size": micro_batch_size,
                     "probe_seed": seed,
                     "engine": engine,
@@ -118,7 +130,19 @@ def train(
             },
         )
     return _steps(
-        L, optimizer, batches, plan, every, log, test, micro_batch_size, batch_size, replacement, seed, engine
+        L,
+        optimizer,
+        batches,
+        penalties,
+        plan,
+        every,
+        log,
+        test,
+        micro_batch_size,
+        batch_size,
+        replacement,
+        seed,
+        engine,
     )
 
 
@@ -126,6 +150,7 @@ def _steps(
     L: Objective,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Any],
+    penalties: list[tuple[float, regularizers.Request]],
     plan: dict[str, dict[str, Any]],
     every: int,
     log: Run | None,
@@ -140,8 +165,10 @@ def _steps(
     taken = 0
     try:
         for step, batch in enumerate(batches):
-            optimizer.zero_grad()
-            batch_loss = backward(L, batch, micro_batch_size)
+            optimizer.zero_grad()  # also what it holds beside the model
+            draws = generator(seed, step, "penalties")
+            closure = BatchGradient(L, batch, micro_batch_size=micro_batch_size, penalties=penalties, generator=draws)
+            batch_loss = closure()
             at = Snapshot(
                 L,
                 L.params(),
@@ -151,6 +178,10 @@ def _steps(
                 replacement=replacement,
                 lr=learning_rate(optimizer),
                 optimizer=settings(optimizer),
+                batch=batch,
+                micro_batch_size=micro_batch_size,
+                modes={name: module.training for name, module in L.model.named_modules()},
+                penalties={(e.name, *sorted(o.items())): closure.penalties[e.name] for _, e, o in closure.terms},
                 batch_gradient=_flat_gradient(L),
                 preconditioner=preconditioner(optimizer, L),
                 test=test,
@@ -166,8 +197,10 @@ def _steps(
             at.release()
             if not math.isfinite(batch_loss):
                 return  # diverged: the log says so, and the parameters of this point are kept
-            if isinstance(optimizer, torch.optim.LBFGS):  # evaluates the loss itself, as often as it likes
-                optimizer.step(lambda batch=batch: _closure(L, optimizer, batch, micro_batch_size))
+            if isinstance(optimizer, torch.optim.LBFGS):  # evaluates what it minimizes, as often as it likes
+                optimizer.step(closure.objective)
+            elif getattr(optimizer, "needs_closure", False):
+                optimizer.step(closure)
             else:
                 optimizer.step()
             taken += 1
@@ -178,28 +211,10 @@ def _steps(
             log.close()
 
 
-def backward(L: Objective, batch: Any, micro_batch_size: int | None = None) -> float:
-    """Accumulate the mean gradient of a batch in the `.grad` of the live model, in its own mode; returns the mean loss."""
-    like = next(iter(L.model.parameters()))
-
-    def place(tensor: Tensor) -> Tensor:
-        return tensor.to(like.device, like.dtype) if tensor.is_floating_point() else tensor.to(like.device)
-
-    pieces: list[Chunk] = L.pieces(batch, micro_batch_size)
-    count, total = sum(piece.size for piece in pieces), 0.0
-    for piece in pieces:
-        losses = L.live_losses(tree_map(place, piece.batch))
-        if piece.weights is not None:
-            losses = losses * place(piece.weights)
-        mean = losses.sum() / count
-        mean.backward()
-        total += float(mean.detach())
-    return total
-
-
-def _closure(L: Objective, optimizer: torch.optim.Optimizer, batch: Any, micro_batch_size: int | None) -> float:
-    optimizer.zero_grad()
-    return backward(L, batch, micro_batch_size)
+def _trained_loss(L: Objective, terms: list) -> str | None:
+    """How the loss that is trained differs from the one that is measured; None if it does not."""
+    reasons = [L.live_difference(), *(f"{strength} {entry.name} is added" for strength, entry, _ in terms if strength)]
+    return "; ".join(reason for reason in reasons if reason) or None
 
 
 def _flat_gradient(L: Objective) -> Tensor:

@@ -1,6 +1,6 @@
 """One file per family of diagnostics; importing this package fills the registry."""
 
-from . import values, noise, covariance, interaction, spectrum, traces, fisher, blocks, stability
+from . import values, noise, covariance, interaction, spectrum, traces, fisher, blocks, stability, trajectory, penalties
 from .registry import DIAGNOSTICS, diagnostic, evaluate, parse, require
 
 __all__ = [
@@ -18,4 +18,6 @@ __all__ = [
     "fisher",
     "blocks",
     "stability",
+    "trajectory",
+    "penalties",
 ]

@@ -41,7 +41,10 @@ class Diagnostic:
 
 
 DIAGNOSTICS: dict[str, Diagnostic] = {}
-ALIASES = {"gradient_noise_interaction": "instability"}  # the same number under another paper's name
+ALIASES = {  # the same number under another name
+    "gradient_noise_interaction": "instability",
+    "microbatch_gradient_norm_squared": "gradient_norm_penalty",
+}
 
 
 def diagnostic(
