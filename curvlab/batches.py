@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -141,16 +142,27 @@ class Batches:
     """Mini-batches of a data set of `n` examples as indices, one (batch_size,) int64 tensor a step.
 
     By default every batch is drawn independently of the others, as the theory of S_b assumes: without replacement
-    within the batch, or with it. ``epochs=True`` shuffles the data once an epoch and walks through it; a last
-    incomplete batch is dropped. ``batch_size=n`` without replacement is full-batch descent, in the order of the data.
-    Iterating again gives the same batches again.
+    within the batch, or with it. ``epochs=True`` walks through the data, each example once an epoch:
+
+        order="new"          every epoch is shuffled anew; a last incomplete batch is dropped
+        order="fixed"        the data is cut into batches once, and every epoch takes them in the same order
+        order="shuffled"     the same batches in every epoch, in an order of its own each time
+        order="alternating"  the same batches, forward in one epoch and backward in the next (Smith et al. 2021, sec. 2.2)
+
+    ``batch_size=n`` without replacement is full-batch descent, in the order of the data. Iterating again gives the same
+    batches again; `since` continues from a step.
 
     Raises:
-        ValueError: a batch size below 1, or above n without replacement; epochs with replacement.
+        ValueError: a batch size below 1, or above n without replacement; epochs with replacement; an unknown order, or one
+            without epochs; batches of fixed composition of a size that does not divide n, which would leave the same
+            examples out in every epoch.
 
     Example:
         >>> [batch.tolist() for batch in Batches(4, 4, steps=1)]
         [[0, 1, 2, 3]]
+        >>> twice = list(Batches(4, 2, steps=4, epochs=True, order="alternating"))
+        >>> twice[0].tolist() == twice[3].tolist() and twice[1].tolist() == twice[2].tolist()
+        True
     """
 
     n: int
@@ -159,6 +171,7 @@ class Batches:
     replacement: bool = False
     epochs: bool = False
     seed: int = 0
+    order: Literal["new", "fixed", "shuffled", "alternating"] = "new"
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or (self.batch_size > self.n and not self.replacement):
@@ -169,25 +182,64 @@ class Batches:
             raise ValueError(
                 "epochs=True walks through shuffled data and cannot draw with replacement; drop one of them"
             )
+        if self.order not in ("new", "fixed", "shuffled", "alternating"):
+            raise ValueError(f"order is {self.order!r}; expected 'new', 'fixed', 'shuffled' or 'alternating'")
+        if self.order != "new" and not self.epochs:
+            raise ValueError(f"order={self.order!r} is an order of epochs; pass epochs=True with it")
+        if self.order != "new" and self.n % self.batch_size:
+            raise ValueError(
+                f"{self.n} examples in fixed batches of {self.batch_size} leave {self.n % self.batch_size} out in every "
+                "epoch; choose a batch_size that divides n"
+            )
 
     def __len__(self) -> int:
         return self.steps
 
     def __iter__(self) -> Iterator[Tensor]:
+        return self.since(0)
+
+    def since(self, step: int) -> Iterator[Tensor]:
+        """The batches of steps `step`, `step` + 1, ...: exactly those that the whole iteration has there.
+
+        Costs the random numbers of the steps before: one permutation for each epoch, or for each batch drawn on its own.
+        """
+        return itertools.islice(self._endless(), step, self.steps)
+
+    @property
+    def partition(self) -> Tensor | None:
+        """The batches of fixed composition, (n / batch_size, batch_size) indices in the order of "fixed"; None without."""
+        if self.order == "new":
+            return None
+        return self._cut(torch.Generator().manual_seed(self.seed))
+
+    def _cut(self, generator: torch.Generator) -> Tensor:
+        if self.batch_size == self.n:
+            return torch.arange(self.n)[None]
+        count = self.n // self.batch_size
+        return torch.randperm(self.n, generator=generator)[: count * self.batch_size].view(count, self.batch_size)
+
+    def _endless(self) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        order, position = torch.empty(0, dtype=torch.int64), self.n
-        for _ in range(self.steps):
-            if self.batch_size == self.n and not self.replacement:
+        if self.batch_size == self.n and not self.replacement:
+            while True:
                 yield torch.arange(self.n)
-            elif self.replacement:
+        if self.epochs:
+            yield from self._epochs(generator)
+        while True:
+            if self.replacement:
                 yield torch.randint(self.n, (self.batch_size,), generator=generator)
-            elif self.epochs:
-                if position + self.batch_size > self.n:
-                    order, position = torch.randperm(self.n, generator=generator), 0
-                yield order[position : position + self.batch_size]
-                position += self.batch_size
             else:
                 yield torch.randperm(self.n, generator=generator)[: self.batch_size]
+
+    def _epochs(self, generator: torch.Generator) -> Iterator[Tensor]:
+        batches = self._cut(generator)
+        for epoch in itertools.count():
+            if epoch and self.order == "new":
+                batches = self._cut(generator)
+            if self.order == "shuffled":
+                yield from batches[torch.randperm(len(batches), generator=generator)]
+            else:
+                yield from batches.flip(0) if self.order == "alternating" and epoch % 2 else batches
 
 
 def _read(data: Any, pairs: bool) -> list[Any]:
