@@ -1,24 +1,29 @@
-"""Problems to measure on: models, data that needs no download, and presets. Names load on first use."""
+"""Problems to measure on: models, data, and presets, most of which need no download. Names load on first use."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-_HOME = {
-    "digits": "data",
-    "linear_regression": "data",
-    "DATA": "data",
-    "MODELS": "models",
-    "mlp": "models",
-    "cnn": "models",
-    "linear": "models",
-    "Experiment": "presets",
-    "PRESETS": "presets",
-    "build": "presets",
-}
+_NAMES = {
+    "data": ("digits", "linear_regression", "sparse_regression"),
+    "synthetic": ("synthetic_images", "markov_chain"),
+    "images": ("cifar10", "cifar100", "stl10", "svhn", "fashion_mnist", "tiny_imagenet"),
+    "models": ("mlp", "mlp_3x4096", "cnn", "linear"),
+    "convolutional": (
+        "plain", "residual", "wide_resnet",
+        "cnn6", "resnet9", "resnet18", "vgg11", "vgg16_bn", "wrn_10_1", "wrn_16_4", "wrn_28_2",
+    ),
+    "transformer": ("gpt", "next_token_loss"),
+    "toy": ("diagonal_linear", "quadratic"),
+    "registry": ("MODELS", "DATA", "PARAMETERS", "model", "load", "canonical"),
+    "presets": ("Experiment", "PRESETS", "vary"),
+    "experiments": ("build", "start", "final_point"),
+    "studies": ("STUDIES", "Study", "Row"),
+}  # fmt: skip
+_HOME = {name: file for file, names in _NAMES.items() for name in names}
 
-__all__ = ["digits", "linear_regression", "mlp", "cnn", "linear", "DATA", "MODELS", "Experiment", "PRESETS", "build"]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

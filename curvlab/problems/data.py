@@ -1,8 +1,7 @@
-"""Data sets that need no download; hides where examples come from, how they are split, and what is random."""
+"""Digits and regressions, which need no file of the user's; hides how they are split and what is random."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +56,6 @@ def digits(
             f"n_train is {n_train}, expected 1 to {largest}: the other {NUM_TEST} digits are the test set. "
             f"Ask for at most {largest}."
         )
-    if not 0.0 <= label_noise <= 1.0:
-        raise ValueError(f"label_noise is {label_noise}, expected a share from 0 to 1. For 20% wrong labels pass 0.2.")
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         x, y = file["images"] / 16.0, file["labels"].astype(np.int64)
     order = np.random.default_rng(0).permutation(NUM_DIGITS)
@@ -72,7 +69,7 @@ def digits(
                 "images. Take at least 2 examples."
             )
         x = x / std
-    y_train = _replace_labels(y[train], label_noise, num_classes=10, rng=np.random.default_rng(seed))
+    y_train = replace_labels(y[train], label_noise, num_classes=10, rng=np.random.default_rng(seed))
     return _tensors(x[train], y_train, dtype), _tensors(x[test], y[test], dtype)
 
 
@@ -123,7 +120,71 @@ def linear_regression(
     return draw(), draw()
 
 
-def _replace_labels(y: np.ndarray, share: float, *, num_classes: int, rng: np.random.Generator) -> np.ndarray:
+def sparse_regression(
+    n: int = 20,
+    d: int = 30,
+    *,
+    nonzeros: int = 3,
+    noise: float = 0.0,
+    n_test: int = 1000,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Split:
+    """Sparse regression as ((x_train, y_train), (x_test, y_test)), with x, ε standard normal and
+
+        y = x·θ* + noise·ε,   θ* = 1 in `nonzeros` random places, else 0.
+
+    With n < d many θ fit the training set, and only a bias towards sparse ones finds θ*: see `diagonal_linear`. Seeds 0
+    to 29 are the 30 problems over which results are averaged. Test targets are free of noise, so twice the test loss
+    is, up to sampling, the risk ‖θ - θ*‖². Noise in the training targets drowns the effect of the batch size.
+
+    Args:
+        n: number of training examples.
+        d: number of inputs.
+        nonzeros: number of inputs that matter.
+        noise: standard deviation of the training targets around x·θ*.
+        n_test: number of test examples.
+        seed: draws everything; the numbers are drawn in float64, so both precisions get the same problem.
+        dtype: of inputs and targets.
+
+    Returns:
+        Inputs (n, d) and targets (n, 1), and (n_test, d) and (n_test, 1).
+
+    Raises:
+        ValueError: a number of examples or inputs is not positive, there are more nonzeros than inputs, or ``noise`` is
+            negative or not finite.
+
+    >>> (x_train, y_train), (x_test, y_test) = sparse_regression()
+    >>> x_train.shape, y_train.shape, x_test.shape
+    (torch.Size([20, 30]), torch.Size([20, 1]), torch.Size([1000, 30]))
+    """
+    if min(n, n_test) < 1 or not 1 <= nonzeros <= d:
+        raise ValueError(
+            f"n is {n}, n_test {n_test}, d {d} and nonzeros {nonzeros}, expected at least 1 each and at most d nonzeros. "
+            "Pass for example n=20, d=30, nonzeros=3."
+        )
+    if not 0.0 <= noise < float("inf"):
+        raise ValueError(f"noise is {noise}, expected a finite standard deviation. Pass 0 for targets without noise.")
+    rng = np.random.default_rng(seed)
+    theta = np.zeros((d, 1))
+    theta[rng.choice(d, nonzeros, replace=False)] = 1.0
+    x, x_test = rng.standard_normal((n, d)), rng.standard_normal((n_test, d))
+    y = x @ theta + noise * rng.standard_normal((n, 1))
+
+    def tensors(*arrays: np.ndarray) -> Examples:
+        return torch.as_tensor(arrays[0], dtype=dtype), torch.as_tensor(arrays[1], dtype=dtype)
+
+    return tensors(x, y), tensors(x_test, x_test @ theta)
+
+
+def replace_labels(y: np.ndarray, share: float, *, num_classes: int, rng: np.random.Generator) -> np.ndarray:
+    """A copy of labels (n,) in which a share, rounded to whole examples, is another class, uniformly drawn.
+
+    Raises:
+        ValueError: a share below 0 or above 1.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"label_noise is {share}, expected a share from 0 to 1. For 20% wrong labels pass 0.2.")
     wrong = rng.choice(len(y), size=round(share * len(y)), replace=False)
     y = y.copy()
     # A shift of 1 to num_classes - 1 reaches every other class equally often, and never the true one.
@@ -133,9 +194,3 @@ def _replace_labels(y: np.ndarray, share: float, *, num_classes: int, rng: np.ra
 
 def _tensors(x: np.ndarray, y: np.ndarray, dtype: torch.dtype) -> Examples:
     return torch.as_tensor(x, dtype=dtype), torch.as_tensor(y)
-
-
-DATA: dict[str, Callable[..., Split]] = {
-    "digits": digits,
-    "linear_regression": linear_regression,
-}
