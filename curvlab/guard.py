@@ -62,16 +62,29 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
 @contextlib.contextmanager
 def random_states() -> Iterator[None]:
     """Put the random states of Python, numpy, torch and CUDA back afterwards."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda: list[Any] = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    before = get_random_states()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        set_random_states(before)
+
+
+def get_random_states() -> dict[str, Any]:
+    """The random states of Python, numpy, torch and CUDA, as tensors and plain values."""
+    kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    numpy = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]  # type: ignore[union-attr]
+    return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put back what `get_random_states` gave."""
+    kind, keys, *rest = states["numpy"]
+    random.setstate(states["python"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
 @contextlib.contextmanager

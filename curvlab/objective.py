@@ -328,18 +328,23 @@ class Objective:
 
     def require_examples(self, what: str) -> None:
         """Refuse `what` where the loss has no per-example gradients of its own."""
-        name = checks.live_module(self, checks.COUPLING)
-        if name:
+        if self.coupled:
             raise ValueError(
-                f"{what} do not exist in mode='train': {name} couples the examples of a batch. Measure in mode='eval'"
+                f"{what} do not exist: {self.coupled} couples the examples of a batch. Measure in mode='eval', and the loss "
+                "without penalties"
             )
+
+    @property
+    def coupled(self) -> str | None:
+        """What couples the examples of a batch, such as "1 (BatchNorm1d)"; None for a mean over examples."""
+        return checks.live_module(self, checks.COUPLING)
 
     @cached_property
     def chunk_size(self) -> int:
         """Examples evaluated at once: as given, or so many that one kept graph takes at most a quarter of `memory`."""
         if self.given_chunk_size is not None:
             return min(self.given_chunk_size, self.size)
-        if checks.live_module(self, checks.COUPLING):
+        if self.coupled:
             return self.size
         return max(1, min(self.size, int(self.memory / 4 / self.graph_bytes)))
 

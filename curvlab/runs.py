@@ -98,16 +98,54 @@ class Run:
         run._file = log
         return run
 
+    @classmethod
+    def resume(cls, path: str | os.PathLike, config: dict[str, Any]) -> Run:
+        """Open an existing run to write on, or make it if there is none; `config` must say what the stored one says.
+
+        Raises:
+            ValueError: the settings differ, or the run lacks its configuration; the message lists what differs.
+        """
+        folder = Path(path)
+        if not (folder / LOG).exists():
+            return cls.create(folder, config)
+        run = cls(folder)
+        stored, asked = run.config.get("training", {}), _plain(config).get("training", {})
+        odd = [key for key in {**stored, **asked} if stored.get(key) != asked.get(key)]
+        if odd:
+            listing = "; ".join(f"{key} was {stored.get(key)!r} and is {asked.get(key)!r}" for key in odd)
+            raise ValueError(
+                f"{folder} was made with other settings ({listing}); resume it with the same ones, or choose another folder"
+            )
+        run._file = os.open(folder / LOG, os.O_WRONLY | os.O_APPEND)
+        return run
+
+    @property
+    def size(self) -> int:
+        """Bytes in the log so far."""
+        return (self.path / LOG).stat().st_size
+
+    def truncate(self, size: int) -> None:
+        """Forget what was logged beyond the first `size` bytes.
+
+        Raises:
+            RuntimeError: the run was opened for reading, or closed.
+        """
+        os.ftruncate(self._writable(), size)
+        self._cache = (-1, [])
+
+    def _writable(self) -> int:
+        if self._file is None:
+            raise RuntimeError(f"{self.path} was opened for reading; only the run that Run.create made can be written")
+        return self._file
+
     def append(self, record: dict[str, Any]) -> None:
         """Write one record as one line, in a single system call: killed at any instant, the log loses at most it.
 
         Raises:
             RuntimeError: the run was opened for reading, or closed.
         """
-        if self._file is None:
-            raise RuntimeError(f"{self.path} was opened for reading; only the run that Run.create made can be written")
         line = json.dumps(_plain(record), allow_nan=False, separators=(",", ":")) + "\n"
-        os.write(self._file, line.encode())
+        os.write(self._writable(), line.encode())
 
     def close(self) -> None:
         """Close the log; the run stays readable."""
@@ -171,13 +209,16 @@ class Run:
         torch.save(tensors, buffer)
         return _write(self.path / f"{name}.pt", buffer.getvalue())
 
-    def load(self, name: str) -> dict[str, Any]:
-        """Read NAME.pt; only tensors and plain values are accepted, nothing is executed.
+    def load(self, name: str, *, device: str | None = "cpu") -> dict[str, Any]:
+        """Read NAME.pt, to a device, or with None to where the tensors were.
+
+        Only tensors and plain values are accepted, nothing is executed.
 
         Raises:
             FileNotFoundError: it was not saved.
-            ValueError: the file is damaged.
+            ValueError: the file is damaged, or holds something else.
         """
+        import pickle
         import zipfile
 
         import torch
@@ -194,7 +235,10 @@ class Run:
             damaged = "the archive"
         if damaged:
             raise ValueError(f"{file} is damaged ({damaged}); measure another run, or run again")
-        return torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(file, map_location=device, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{file} holds more than tensors and plain values and is not read ({error})") from None
 
 
 def provenance() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.diagnostics import DIAGNOSTICS, interaction, noise, registry, spectrum, values
+from curvlab.regularizers import REGULARIZERS
 
 F64 = torch.float64
 
@@ -120,6 +121,26 @@ class Dense:
         scores = J - (p[:, :, None] * J).sum(1, keepdim=True)  # ∇ log p_c
         return (self.scale * (p * scores.square().sum(2)).sum(1)).mean()
 
+    def score_norms(self) -> Tensor:
+        """(n,) E over the model's own labels of ‖s_i ∇ log p(y|x_i)‖²."""
+        J, z = self.jacobian(), self.outputs(self.w, self.x)
+        if self.loss == "squared_error":
+            return self.scale**2 * J.square().sum((1, 2))
+        p = z.softmax(1)
+        scores = J - (p[:, :, None] * J).sum(1, keepdim=True)
+        return self.scale**2 * (p * scores.square().sum(2)).sum(1)
+
+    def micro_batches(self) -> list[slice]:
+        return [slice(lo, min(lo + MICRO, self.n)) for lo in range(0, self.n, MICRO)]
+
+    def by_micro_batch(self, function: Callable[[slice], Tensor]) -> Tensor:
+        """The mean over micro-batches, by their size."""
+        return sum(len(self.G[part]) / self.n * function(part) for part in self.micro_batches())
+
+    def mean_jacobian(self, part: slice) -> Tensor:
+        """(C, P)"""
+        return (self.scale[:, None, None] * self.jacobian())[part].mean(0)
+
     def output_gradient(self) -> Tensor:
         z = self.outputs(self.w, self.x)
         z = z.softmax(1) if self.loss == "cross_entropy" else z
@@ -201,6 +222,7 @@ def projected(S: Tensor, Q: Tensor) -> Tensor:
 
 # The definitions, of (net, batch size, replacement). A new diagnostic needs a line here.
 LR, DRAWN, BEFORE = 0.3, (0, 3, 4), 0.1  # BEFORE: how far the parameters moved in the step before
+MICRO = 4  # examples of a micro-batch
 DEFINITIONS: dict[str, Callable[[Dense, int, bool], Tensor]] = {
     "loss": lambda d, b, r: d.value(d.w),
     "gradient_norm": lambda d, b, r: d.g.norm(),
@@ -248,6 +270,27 @@ DEFINITIONS: dict[str, Callable[[Dense, int, bool], Tensor]] = {
     "layer_hessian_trace": lambda d, b, r: d.by_layer(lambda place: d.H[place, place].trace()),
     "layer_gradient_norm": lambda d, b, r: d.by_layer(lambda place: d.g[place].norm()),
     "layer_parameter_norm": lambda d, b, r: d.by_layer(lambda place: d.w[place].norm()),
+    "trajectory_distance": lambda d, b, r: torch.zeros(()),  # from the own start; other ones in test_flow.py
+    "microbatch_gradient_norm": lambda d, b, r: d.by_micro_batch(lambda part: d.G[part].mean(0).norm()),
+    "gradient_norm_penalty": lambda d, b, r: d.by_micro_batch(lambda part: d.G[part].mean(0).square().sum()),
+    "gradient_norm_difference_penalty": lambda d, b, r: DEFINITIONS["gradient_norm_penalty"](d, b, r),
+    "sampled_gradient_norm_penalty": lambda d, b, r: torch.stack(
+        [d.G[part].mean(0).square().sum() for part in d.micro_batches()]
+    ).mean(),
+    "fisher_trace_penalty": lambda d, b, r: d.by_micro_batch(
+        lambda part: d.score_norms()[part].mean() / len(d.G[part])
+    ),
+    "average_jacobian_penalty": lambda d, b, r: d.by_micro_batch(
+        lambda part: d.mean_jacobian(part).mean(0).square().sum()
+    ),
+    "unit_jacobian_penalty": lambda d, b, r: d.by_micro_batch(
+        lambda part: d.mean_jacobian(part).square().sum(1).mean()
+    ),
+    "implicit_regularizer": lambda d, b, r: DEFINITIONS["gradient_norm_penalty"](d, b, r) / 4,
+    "implicit_regularizer_mean": lambda d, b, r: d.g @ d.g / 4,
+    "implicit_regularizer_variance": lambda d, b, r: d.by_micro_batch(
+        lambda part: (d.G[part].mean(0) - d.g).square().sum() / 4
+    ),
 }
 ELSEWHERE = {"hessian_density"}  # a function, in a test of its own
 
@@ -272,6 +315,9 @@ TIGHT: dict[str, dict] = {
     "preconditioned_sharpness": {"tol": 1e-12},
     "directional_alignment": {"tol": 1e-12},
     "layer_sharpness": {"tol": 1e-12},
+    "microbatch_gradient_norm": {"micro_batch_size": MICRO},
+    **{name: {"micro_batch_size": MICRO} for name in REGULARIZERS},
+    **{name: {"micro_batch_size": MICRO, "draws": 200} for name, entry in REGULARIZERS.items() if entry.draws},
 }
 TWO_POINTS = ("secant_sharpness", "gradient_cosine", "batch_gradient_cosine")
 
@@ -409,7 +455,8 @@ def test_a_single_example(name):
         truth = DEFINITIONS[name](d, 1, False)
     m = tight(d, [name], 1)[name]
     agree(m, truth, name)
-    assert m.kind != "sem" or name == "layer_hessian_trace"  # there the chance lies in the probes, not in batches
+    probes = name == "layer_hessian_trace" or "draws" in TIGHT.get(name, {})
+    assert m.kind != "sem" or probes  # there the chance does not lie in batches
     for replacement_b in (1, 4):
         again = tight(d, [name], replacement_b, replacement=True)[name]
         assert np.allclose(again.value, m.value, rtol=1e-12)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import math
 import random
+import tempfile
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -660,6 +661,20 @@ def registered(name, needs=()):
     return cl.diagnostic("x", formula="x", kind="exact", cost="none", needs=needs)(function)
 
 
+def penalty_differentiated_twice():
+    L = objective()
+    value = cl.regularizers.gradient_norm_penalty(L, None, None)
+    torch.autograd.grad(value, L.variables(), create_graph=True)
+
+
+def named(name):
+    def function(m):
+        raise NotImplementedError
+
+    function.__name__ = name
+    return function
+
+
 def measure(*names, L=None, **options):
     return cl.measure(objective() if L is None else L, names, **options)
 
@@ -668,6 +683,14 @@ def train(model=None, batches=None, trained=None, **options):
     model = linear() if model is None else model
     sgd = torch.optim.SGD((trained or model).parameters(), lr=0.1)
     return list(cl.train(objective(model), sgd, batches or cl.Batches(12, 4, 1), **options))
+
+
+def other_trajectory():
+    with tempfile.TemporaryDirectory() as folder:
+        run = cl.Run.create(Path(folder) / "run", {})
+        run.save("trajectory", {"steps": torch.arange(1), "params": torch.ones(1, 3), "errors": torch.zeros(1)})
+        run.close()
+        measure(("trajectory_distance", {"run": run.path}))
 
 
 def top_eigenvector():
@@ -829,6 +852,9 @@ REFUSALS = {
     "batch_size_zero": (ValueError, "batch_size is 0; expected 1 to 12", lambda: cl.Batches(12, 0, 1)),
     "batch_size_above": (ValueError, "batch_size is 13; expected 1 to 12", lambda: cl.Batches(12, 13, 1)),
     "epochs": (ValueError, "cannot draw with replacement", lambda: cl.Batches(12, 4, 1, replacement=True, epochs=True)),
+    "order": (ValueError, "order is 'back'; expected 'new'", lambda: cl.Batches(12, 4, 1, epochs=True, order="back")),
+    "order_without_epochs": (ValueError, "is an order of epochs", lambda: cl.Batches(12, 4, 1, order="fixed")),
+    "fixed_rest": (ValueError, "leave 2 out", lambda: cl.Batches(12, 5, 1, epochs=True, order="fixed")),
     "streamed": (
         TypeError,
         r"streams an IterableDataset.*list\(loader\)",
@@ -927,6 +953,7 @@ REFUSALS = {
         lambda: cl.gradient_covariance(objective(), batch_size=0, replacement=True),
     ),
     # diagnostics, measure
+    "other_trajectory": (ValueError, "has 3 parameters and this model 15; compare", other_trajectory),
     "diverged_value": (FloatingPointError, r"not finite \(nan\)", lambda: exact(math.nan, objective())),
     "diverged_step": (
         FloatingPointError,
@@ -1026,6 +1053,93 @@ REFUSALS = {
         "the step lies along q_1 and spans no plane",
         lambda: cl.landscape.top_plane(objective(), step=2 * top_eigenvector(), generator=torch.Generator()),
     ),
+    # regularizers and batch_gradient.py
+    "regularizer_name_taken": (
+        ValueError,
+        "regularizer gradient_norm_penalty: the name is taken",
+        lambda: cl.regularizers.regularizer("x", formula="x", source="x")(named("gradient_norm_penalty")),
+    ),
+    "unknown_regularizer": (
+        ValueError,
+        "there is no regularizer 'grad_norm'; there are .*gradient_norm_penalty",
+        lambda: cl.regularizers.resolve("grad_norm"),
+    ),
+    "function_without_decorator": (
+        ValueError,
+        "there is no regularizer 'mine'; .*by the decorator curvlab.regularizers.regularizer",
+        lambda: train(penalties=[(0.1, named("mine"))]),
+    ),
+    "no_pair": (
+        ValueError,
+        r"a penalty is 'gradient_norm'; expected \(strength, regularizer\)",
+        lambda: train(penalties=["gradient_norm"]),
+    ),
+    "strength": (
+        ValueError,
+        "the strength of a penalty is nan",
+        lambda: train(penalties=[(math.nan, "gradient_norm")]),
+    ),
+    "penalty_twice": (
+        ValueError,
+        "penalty gradient_norm_penalty is given twice",
+        lambda: train(penalties=[(0.1, "gradient_norm"), (0.2, "gradient_norm_penalty")]),
+    ),
+    "penalty_option": (
+        ValueError,
+        r"regularizer gradient_norm_penalty has no option \['h'\]; it has none",
+        lambda: train(penalties=[(0.1, ("gradient_norm", {"h": 1.0}))]),
+    ),
+    "likelihood_of_a_penalty": (
+        ValueError,
+        "fisher_trace_penalty needs the likelihood behind the loss; it is known for loss='cross_entropy'",
+        lambda: cl.regularizers.fisher_trace_penalty(objective(loss=own), None, None),
+    ),
+    "outputs_of_a_batch_loss": (
+        ValueError,
+        "average_jacobian_penalty needs the outputs of the model, and a batch_loss calls the model itself",
+        lambda: cl.regularizers.average_jacobian_penalty(
+            objective(loss=cl.batch_loss(lambda m, b: own(m(b[0]), 0))), None, None
+        ),
+    ),
+    "outputs_of_a_pair": (
+        TypeError,
+        r"the model returned a tuple; this penalty needs outputs that are one tensor \(B, ...\)",
+        lambda: cl.regularizers.average_jacobian_penalty(
+            objective(Pair(4, 3).double(), lambda z, y: own(z[0], y)), None, None
+        ),
+    ),
+    "micro_batch_size_of_a_penalty": (
+        ValueError,
+        "micro_batch_size is 0; expected at least 1 example",
+        lambda: cl.regularizers.gradient_norm_penalty(objective(), None, None, micro_batch_size=0),
+    ),
+    "params_of_another_model": (
+        ValueError,
+        r"params is a list of other tensors than the model's; expected None for the live model, .* \(15,\) vector",
+        lambda: cl.regularizers.gradient_norm_penalty(objective(), list(linear().parameters()), None),
+    ),
+    "statistics_of_one_example": (
+        ValueError,
+        "a micro-batch of 1 example has no statistics for BatchNorm in training; choose a micro_batch_size of at least 2",
+        lambda: train(normalized(), penalties=[(0.1, "gradient_norm")], micro_batch_size=3),
+    ),
+    "penalty_differentiated_twice": (
+        RuntimeError,
+        "accumulated without its graph and cannot be differentiated again; pass create_graph=True",
+        penalty_differentiated_twice,
+    ),
+    "third_derivatives_of_layer_norm": (
+        ValueError,
+        "PyTorch's are silently wrong through LayerNorm; leave create_graph out",
+        lambda: cl.regularizers.gradient_norm_penalty(
+            objective(nn.Sequential(linear(), nn.LayerNorm(3).double())), None, None, create_graph=True
+        ),
+    ),
+    "draws": (
+        ValueError,
+        "draws is 1; a mean needs at least 2",
+        lambda: measure(("fisher_trace_penalty", {"draws": 1})),
+    ),
     # train
     "every": (ValueError, "every is 0; expected a whole number", lambda: train(every=0)),
     "micro_batch_size": (
@@ -1055,6 +1169,7 @@ def test_refusal(name):
 
 
 OWN_TESTS = {"linalg", "claims", "problems", "measurement", "runs", "plots", "report", "cli", "__init__", "__main__"}
+OWN_TESTS |= {"methods", "flow"}
 
 
 def test_every_raise_has_a_refusal():

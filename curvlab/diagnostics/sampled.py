@@ -70,7 +70,8 @@ class Moments:
 def sampled_moments(at: Snapshot, b: int, samples: int | None, *, curvature: bool) -> Moments | None:
     """The moments of batches of b where they must be sampled, or None where the closed forms hold (Lee eq. 1).
 
-    **A loss that couples its batch** (batch normalization with the statistics of the batch): S_b is the second moment of
+    **A loss that couples its batch** (batch normalization with the statistics of the batch, a trained objective with
+    penalties): S_b is the second moment of
     the gradients of `samples` (64, in a run 16) independent mini-batches, each with its own statistics; H and S_n are
     those of all the measured data as one batch. E[g_b] is then not ∇L, and S_b no mixture of S_1 and S_n.
 
@@ -88,7 +89,7 @@ def sampled_moments(at: Snapshot, b: int, samples: int | None, *, curvature: boo
         ValueError: batches of one example under batch normalization, or fewer than 3 groups or batches.
     """
     L = at.objective
-    coupled = live_module(L, COUPLING)
+    coupled = L.coupled
     if coupled is None and L.population_size is None:
         return None
     share = noise_share(L.population_size or L.size, b, at.replacement)
@@ -96,7 +97,7 @@ def sampled_moments(at: Snapshot, b: int, samples: int | None, *, curvature: boo
     count = samples if samples is not None else (single if at.carry is None else step)
     if coupled is None:
         count = min(count, L.size)
-    if count < 3 or (coupled and b == 1):
+    if count < 3 or (b == 1 and live_module(L, COUPLING)):
         raise ValueError(
             f"got batch_size={b} and {count} samples; expected batches of at least 2 examples, whose statistics {coupled} "
             "can use, and at least 3 of them"
