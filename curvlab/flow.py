@@ -164,22 +164,12 @@ def _snapshots(
     finally:
         if log is not None:
             if kept:
-                columns = [list(column) for column in zip(*kept, strict=True)]
-                log.save("trajectory", trajectory(*columns))
+                taken, params, times, errors = (list(column) for column in zip(*kept, strict=True))
+                log.save_trajectory(taken, params, times=times, errors=errors)
             if at is not None:
                 buffers = {name: b.detach().cpu() for name, b in L.model.named_buffers()}
                 log.save("final", {"step": at.step, "params": at.w.cpu(), "buffers": buffers})
             log.close()
-
-
-def trajectory(steps: list[int], params: list[Tensor], times: list[float], errors: list[float]) -> dict[str, Tensor]:
-    """What `trajectory.pt` holds: steps (T,), params (T, P), times (T,), errors (T,) of the params."""
-    return {
-        "steps": torch.tensor(steps),
-        "params": torch.stack(params),
-        "times": torch.tensor(times, dtype=torch.float64),
-        "errors": torch.tensor(errors, dtype=torch.float64),
-    }
 
 
 def _record(at: Snapshot, numbers: dict[str, float], seconds: float) -> dict[str, Any]:

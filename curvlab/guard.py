@@ -73,7 +73,7 @@ def get_random_states() -> dict[str, Any]:
     """The random states of Python, numpy, torch and CUDA, as tensors and plain values."""
     kind, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    numpy = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]  # type: ignore[union-attr]
+    numpy = [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest]
     return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
 
 

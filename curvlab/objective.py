@@ -272,6 +272,11 @@ class Objective:
                 return f"{name} ({type(module).__name__}) acts in training as it does not when measured"
         return None
 
+    @property
+    def module(self) -> nn.Module:
+        """The live model and, where it is a module, the loss, as one module of a batch that gives (B,) losses."""
+        return self._call
+
     def variables(self) -> list[Tensor]:
         """The live trainable parameters, in the order of the flat vector."""
         return list(self._variables.values())

@@ -29,6 +29,25 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
     return rates.pop() if len(rates) == 1 else None
 
 
+def weight_decay(optimizer: torch.optim.Optimizer) -> float:
+    """The weight decay w that the optimizer adds to the gradient, as that of (w/2) ‖w‖² in the loss; 0 where decoupled.
+
+    Raises:
+        ValueError: parameter groups that differ in it.
+    """
+    found = {
+        0.0 if group.get("decoupled_weight_decay") or isinstance(optimizer, torch.optim.AdamW)
+        else float(group.get("weight_decay", 0.0))
+        for group in optimizer.param_groups
+    }  # fmt: skip
+    if len(found) > 1:
+        raise ValueError(
+            f"parameter groups have weight decays {sorted(found)}; the trained objective needs one; measure the loss "
+            "itself, without the prefix trained/"
+        )
+    return found.pop()
+
+
 def stability_threshold(settings: dict[str, Any], lr: float) -> float | None:
     """The (preconditioned) sharpness above which the step diverges on a quadratic; None where no formula is known.
 

@@ -209,6 +209,22 @@ class Run:
         torch.save(tensors, buffer)
         return _write(self.path / f"{name}.pt", buffer.getvalue())
 
+    def save_trajectory(
+        self,
+        steps: list[int],
+        params: list[Any],
+        *,
+        times: list[float] | None = None,
+        errors: list[float] | None = None,
+    ) -> Path:
+        """Save `trajectory.pt`: steps (T,), params (T, P), and for a flow times (T,) and errors of the params (T,)."""
+        import torch
+
+        zero = [0.0] * len(steps)
+        columns = {"times": zero if times is None else times, "errors": zero if errors is None else errors}
+        numbers = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
+        return self.save("trajectory", {"steps": torch.tensor(steps), "params": torch.stack(params), **numbers})
+
     def load(self, name: str, *, device: str | None = "cpu") -> dict[str, Any]:
         """Read NAME.pt, to a device, or with None to where the tensors were.
 

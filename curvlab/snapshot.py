@@ -40,6 +40,7 @@ class Snapshot:
         batch_gradient: (P,) gradient about to be used, of the batch that was drawn, with that of the penalties.
         preconditioner: (P,) what the step is about to divide the gradient by, entry by entry, for adaptive optimizers.
         test: objective over held-out data.
+        trained: the same point of the objective that is trained, with penalties and weight decay.
         carry: what earlier snapshots of the run left for later ones (warm starts, pooled variances); None for a point
             on its own. A diagnostic keeps its state under its own key.
         measurements: by name, filled in as they are made.
@@ -60,6 +61,7 @@ class Snapshot:
     batch_gradient: Tensor | None = None
     preconditioner: Tensor | None = None
     test: Objective | None = None
+    trained: Snapshot | None = None
     carry: dict[Hashable, Any] | None = None
     engine: Engine = "auto"
     measurements: dict[str, Measurement] = field(default_factory=dict)
@@ -79,6 +81,8 @@ class Snapshot:
     def release(self) -> None:
         """Forget the intermediates and free their graphs; they are computed again if asked for."""
         self._shared.clear()
+        if self.trained is not None:
+            self.trained.release()
 
     def generator(self, name: str) -> torch.Generator:
         """A generator of probes for the diagnostic `name` at this step."""

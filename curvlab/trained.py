@@ -11,7 +11,9 @@ from torch import Tensor
 from .linalg.probes import generator
 from .objective import Chunk, Objective
 from .regularizers import registry as regularizers
-from .regularizers.micro_batch import Measured, MicroBatch, without_third_derivative
+from .regularizers.micro_batch import MicroBatch
+from .regularizers.sites import Measured
+from .regularizers.vectors import without_third_derivative
 
 
 class TrainedObjective(Objective):
@@ -29,8 +31,8 @@ class TrainedObjective(Objective):
         seed: of what penalties draw.
 
     Raises:
-        ValueError: a penalty that is no mean over micro-batches of a smooth function of each, or whose third derivatives,
-            which its Hessian needs, PyTorch gets wrong.
+        ValueError, TypeError: a penalty that is no mean over micro-batches of a function of each with a Hessian, or whose
+            third derivatives, which its Hessian needs, PyTorch gets wrong.
     """
 
     def __init__(
@@ -42,7 +44,9 @@ class TrainedObjective(Objective):
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.__dict__.update({k: v for k, v in vars(L).items() if k not in ("chunk_size", "graph_bytes", "_layer_rules")})
+        self.__dict__.update(
+            {k: v for k, v in vars(L).items() if k not in ("chunk_size", "graph_bytes", "_layer_rules")}
+        )
         self.plain = L
         self.terms = [term for term in regularizers.terms(penalties) if term[0]]
         self.weight_decay, self.seed = weight_decay, seed
@@ -50,10 +54,10 @@ class TrainedObjective(Objective):
         self.given_chunk_size = (size or L.size) if self.terms else L.given_chunk_size
         for _, entry, _ in self.terms:
             regularizers.require(L, entry)
-            if entry.sampled or entry.first_order or entry.whole:
+            if entry.sampled or entry.first_order:
                 raise ValueError(
-                    f"{entry.name} is no mean over micro-batches of a smooth function of each, so the trained objective has no "
-                    "Hessian here; measure the loss itself, without the prefix trained/"
+                    f"{entry.name} is no mean over micro-batches of a function that has a Hessian; measure the loss itself, "
+                    "without the prefix trained/"
                 )
         self._refuse_wrong_derivatives()
 
@@ -71,17 +75,20 @@ class TrainedObjective(Objective):
 
     def losses(self, params: list[Tensor], chunk: Chunk) -> Tensor:
         """s_i ℓ_i plus the penalties of the micro-batch `chunk` and weight decay, (B,), differentiable in `params`."""
-        if not self.terms:
-            losses = self.plain.losses(params, chunk)
-        else:
+        losses = self._penalized(params, chunk) if self.terms else self.plain.losses(params, chunk)
+        if self.weight_decay:
+            losses = losses + self.weight_decay / 2 * torch.stack([p.square().sum() for p in params]).sum()
+        return losses
+
+    def _penalized(self, params: list[Tensor], chunk: Chunk) -> Tensor:
+        wanted = torch.is_grad_enabled()
+        with torch.enable_grad():  # a penalty's value needs gradients too
             m = MicroBatch(Measured(self.plain, params), chunk, graph=True)
             losses = m.losses
             for strength, entry, options in self.terms:
                 m.generator = generator(self.seed, f"{entry.name} {chunk.seed}")
                 losses = losses + strength * entry.term(m, **options)
-        if self.weight_decay:
-            losses = losses + self.weight_decay / 2 * torch.stack([p.square().sum() for p in params]).sum()
-        return losses
+        return losses if wanted else losses.detach()
 
     def outputs(self, params: list[Tensor], chunk: Chunk) -> Tensor:
         """Not defined: the trained objective is no function of the outputs alone.

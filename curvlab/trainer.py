@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import os
 import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,14 +17,16 @@ from torch import Tensor
 from .batch_gradient import BatchGradient
 from .batches import Batches
 from .diagnostics import evaluate, parse, require
-from .diagnostics.registry import Request, batch_sizes
+from .diagnostics.registry import TRAINED, Request, batch_sizes
+from .guard import get_random_states, set_random_states
 from .hvp import Engine
 from .linalg.probes import generator
 from .objective import Objective
-from .optimizers import learning_rate, preconditioner, settings
+from .optimizers import learning_rate, preconditioner, settings, weight_decay
 from .regularizers import registry as regularizers
 from .runs import Run
 from .snapshot import Snapshot
+from .trained import TrainedObjective
 
 
 def train(
@@ -33,11 +38,15 @@ def train(
     diagnostics: Iterable[Request] = (),
     every: int = 1,
     run: str | os.PathLike | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
     config: Mapping[str, Any] | None = None,
     test: Objective | None = None,
+    scheduler: Any = None,
     micro_batch_size: int | None = None,
     batch_size: int | tuple[int, ...] | None = None,
     replacement: bool | None = None,
+    trajectory: bool = False,
     seed: int = 0,
     engine: Engine = "auto",
 ) -> Iterator[Snapshot]:
@@ -57,12 +66,22 @@ def train(
             `DataLoader` with augmentation.
         penalties: pairs (strength, regularizer), added to the loss that is trained, such as
             ``(0.01, "gradient_norm")``, ``(0.01, curvlab.regularizers.gradient_norm_penalty)`` or
-            ``(0.01, ("gradient_norm_difference", {"h": 0.001}))``. Their values are measured under their names; all other
-            diagnostics are of the loss without penalties.
+            ``(0.01, ("gradient_norm_difference", {"h": 0.001}))``. Their values are measured under their names.
         diagnostics: names or (name, options), measured at steps 0, `every`, 2 `every`, ... An odd `every` is wise:
-            dynamics at the edge of stability have period 2.
+            dynamics at the edge of stability have period 2. They are of the loss L, without penalties and weight decay; the
+            prefix "trained/", as in ``"trained/sharpness"``, asks for the objective that is trained
+            (`curvlab.trained.TrainedObjective`).
         run: a new folder for the log, and `final.pt` with the last parameters, buffers and number of steps
             taken, whichever way the loop ends.
+        checkpoint_every: save all that training depends on to `checkpoint.pt` before every so many steps: parameters,
+            buffers, optimizer, scheduler, random states, and what diagnostics carry from step to step.
+        resume: continue the run in the folder `run` from its last checkpoint, or from the start without one, given the
+            same model, optimizer, batches and settings anew. What is logged is bit-identical to what a run that was not
+            interrupted logs (equal threads and device). `batches` are taken from that step on (`Batches.since`); others are
+            iterated anew with the random states of the start, and skipped. A run that had ended yields nothing more.
+        scheduler: a learning-rate scheduler of `optimizer`, stepped after every step. (Stepped in the body of the loop it
+            would change the rate of the step that was just measured.)
+        trajectory: also save the parameters at the measured steps, for `trajectory_distance`.
         config: what else to store in the run's configuration.
         test: held-out data.
         micro_batch_size: |M|: accumulate the batch's gradient over parts of at most so many examples; those of the
@@ -74,7 +93,8 @@ def train(
 
     Raises:
         ValueError: unknown diagnostics or penalties, or some that need what is not there; before the first step.
-        FileExistsError: `run` already holds a run.
+            Also a resumed run that was made with other settings.
+        FileExistsError: `run` already holds a run, and is not to be resumed.
 
     Example:
         >>> import torch, curvlab as cl
@@ -85,15 +105,250 @@ def train(
         [0, 1, 2]
     """
     plan, penalties = parse(diagnostics), list(penalties)
-    if every < 1:
-        raise ValueError(f"every is {every}; expected a whole number of steps from 1")
+    _whole_numbers(every=every, checkpoint_every=checkpoint_every)
+    if run is None and (resume or checkpoint_every or trajectory):
+        raise ValueError("resume, checkpoint_every and trajectory need a folder to read and write; pass run='runs/a'")
     regularizers.checked_size(micro_batch_size)
     terms = regularizers.terms(penalties)
     for _, entry, options in terms:
         regularizers.require(L, entry)
         plan.setdefault(entry.name, options)
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not trained & {id(p) for p in L.variables()}:
+    _same_parameters(L, optimizer, batches)
+    training = _Training(
+        L, optimizer, batches, penalties, plan, every,
+        test=test, scheduler=scheduler, micro_batch_size=micro_batch_size,
+        batch_size=batch_sizes(batch_size if batch_size is not None else getattr(batches, "batch_size", None)),
+        replacement=replacement if replacement is not None else getattr(batches, "replacement", False),
+        checkpoint_every=checkpoint_every, keeps_trajectory=trajectory, seed=seed, engine=engine,
+    )  # fmt: skip
+    if any(name.startswith(TRAINED) for name in plan):
+        training.trained = TrainedObjective(
+            L, penalties, micro_batch_size=micro_batch_size, weight_decay=weight_decay(optimizer), seed=seed
+        )
+    require(plan, {
+        "batch_size": training.batch_size, "lr": learning_rate(optimizer), "test": test, "batch_gradient": True,
+        "trained": training.trained,
+    })  # fmt: skip
+    if run is not None:
+        described = {**(config or {}), "training": training.describe(terms)}
+        training.log = Run.resume(run, described) if resume else Run.create(run, described)
+    return training.steps()
+
+
+@dataclass
+class _Training:
+    """The settings of a training, and what it has besides the model and the optimizer."""
+
+    L: Objective
+    optimizer: torch.optim.Optimizer
+    batches: Iterable[Any]
+    penalties: list[tuple[float, regularizers.Request]]
+    plan: dict[str, dict[str, Any]]
+    every: int
+    test: Objective | None
+    scheduler: Any
+    micro_batch_size: int | None
+    batch_size: int | tuple[int, ...] | None
+    replacement: bool
+    checkpoint_every: int | None
+    keeps_trajectory: bool
+    seed: int
+    engine: Engine
+    trained: TrainedObjective | None = None
+    log: Run | None = None
+    carry: dict[Hashable, Any] = field(default_factory=dict)
+    path: list[tuple[int, Tensor]] = field(default_factory=list)
+    beginning: dict[str, Any] = field(default_factory=dict)
+
+    def describe(self, terms: list) -> dict[str, Any]:
+        """What the run's configuration says."""
+        return {
+            "objective": self.L.describe(),
+            "optimizer": settings(self.optimizer),
+            "lr": learning_rate(self.optimizer),
+            "scheduler": type(self.scheduler).__name__ if self.scheduler else None,
+            "batches": dataclasses.asdict(self.batches) if isinstance(self.batches, Batches) else None,
+            "batch_size": self.batch_size,
+            "replacement": self.replacement,
+            "every": self.every,
+            "diagnostics": list(self.plan.items()),
+            "trained_loss": _trained_loss(self.L, terms),
+            "penalties": [[strength, entry.name, options] for strength, entry, options in terms],
+            "micro_batch_size": self.micro_batch_size,
+            "probe_seed": self.seed,
+            "engine": self.engine,
+            "threads": torch.get_num_threads(),
+        }
+
+    def steps(self) -> Iterator[Snapshot]:
+        """Snapshots from where the run stands to its end."""
+        self.beginning = get_random_states()
+        state = self._restored()
+        if state is None:
+            return
+        taken, complete = state.get("step", 0), False
+        record: dict[str, Any] = {}
+        try:
+            for step, batch in enumerate(self._batches(state), taken):
+                if self.checkpoint_every and self.log and step % self.checkpoint_every == 0:
+                    self._save(step)
+                self.optimizer.zero_grad()  # also what it holds beside the model
+                closure = BatchGradient(
+                    self.L, batch, micro_batch_size=self.micro_batch_size, penalties=self.penalties,
+                    generator=generator(self.seed, step, "penalties"),
+                )  # fmt: skip
+                batch_loss = closure()
+                at = self._snapshot(step, batch, closure)
+                if self.plan and step % self.every == 0:
+                    record = self._measured(at, batch_loss)
+                yield at
+                at.release()
+                complete = not math.isfinite(batch_loss)
+                if complete:
+                    return  # diverged: the log says so, and the parameters of this point are kept
+                self._step(closure, batch_loss)
+                taken += 1
+                self._finish(record, getattr(self.optimizer, "effective_lr", None))
+            complete = True
+        finally:
+            self._finish(record, None)
+            self._end(taken, complete)
+
+    def _snapshot(self, step: int, batch: Any, closure: BatchGradient) -> Snapshot:
+        L = self.L
+        at = Snapshot(
+            L, L.params(), step, self.seed,
+            batch_size=self.batch_size, replacement=self.replacement,
+            lr=learning_rate(self.optimizer), optimizer=settings(self.optimizer),
+            batch=batch, micro_batch_size=self.micro_batch_size,
+            modes={name: module.training for name, module in L.model.named_modules()},
+            penalties={(e.name, *sorted(o.items())): closure.penalties[e.name] for _, e, o in closure.terms},
+            batch_gradient=_flat_gradient(L), preconditioner=preconditioner(self.optimizer, L),
+            test=self.test, carry=self.carry, engine=self.engine,
+        )  # fmt: skip
+        if self.trained is None:
+            return at
+        own = self.carry.setdefault("trained", {})
+        point = dataclasses.replace(
+            at, objective=self.trained, carry=own, measurements={}, _shared={}, _count=at._count
+        )
+        return dataclasses.replace(at, trained=point)
+
+    def _measured(self, at: Snapshot, batch_loss: float) -> dict[str, Any]:
+        """Measure and log; the record itself where the step has something to add to it."""
+        started = time.perf_counter()
+        evaluate(at, self.plan)
+        record = {
+            "step": at.step,
+            "lr": at.lr,
+            "batch_size": at.batch_size,
+            "batch_loss": batch_loss,
+            "matvecs": at.matvecs,
+            "seconds": round(time.perf_counter() - started, 6),
+            "measurements": {name: m.to_dict() for name, m in at.measurements.items()},
+        }
+        if self.keeps_trajectory:
+            self.path.append((at.step, at.w.cpu()))
+        if hasattr(self.optimizer, "effective_lr"):  # known when the step is taken
+            return record
+        if self.log is not None:
+            self.log.append(record)
+        return {}
+
+    def _finish(self, record: dict[str, Any], effective_lr: float | None) -> None:
+        if record and self.log is not None:
+            self.log.append({**record, "effective_lr": effective_lr})
+        record.clear()
+
+    def _step(self, closure: BatchGradient, batch_loss: float) -> None:
+        if isinstance(self.optimizer, torch.optim.LBFGS):  # evaluates what it minimizes, as often as it likes
+            self.optimizer.step(closure.objective)
+        elif getattr(self.optimizer, "needs_closure", False):
+            self.optimizer.step(closure)
+        else:
+            self.optimizer.step()
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(batch_loss)
+        elif self.scheduler is not None:
+            self.scheduler.step()
+
+    # -- where a run stands -------------------------------------------------------------------------------------------
+
+    def _batches(self, state: dict[str, Any]) -> Iterator[Any]:
+        """The batches from the step of a checkpoint on, with the random states that training had there."""
+        if not state:
+            return iter(self.batches)
+        if isinstance(self.batches, Batches):
+            found = self.batches.since(state["step"])
+        else:
+            self.beginning = state["beginning"]
+            set_random_states(self.beginning)
+            found = itertools.islice(self.batches, state["step"], None)
+            found = itertools.chain(itertools.islice(found, 1), found)  # skips now
+        first = list(itertools.islice(found, 1))
+        set_random_states(state["random"])
+        return itertools.chain(first, found)
+
+    def _restored(self) -> dict[str, Any] | None:
+        """The last checkpoint, put back; nothing in it for a new run; None for one that had ended."""
+        log = self.log
+        if log is None:
+            return {}
+        if (log.path / "final.pt").exists():
+            final = log.load("final", device=None)
+            if final.get("complete"):
+                for p, value in zip(self.L.variables(), self.L.split(final["params"]), strict=True):
+                    p.data.copy_(value)
+                self.L.model.load_state_dict(final["buffers"], strict=False)
+                log.close()
+                return None
+        state = log.load("checkpoint", device=None) if (log.path / "checkpoint.pt").exists() else {}
+        log.truncate(state.get("log_size", 0))
+        if state:
+            self.L.module.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(state["scheduler"])
+            self.carry.update(state["carry"])
+            self.path.extend(state["path"])
+        return state
+
+    def _save(self, step: int) -> None:
+        assert self.log is not None
+        state = {
+            "step": step,
+            "log_size": self.log.size,
+            "model": self.L.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+            "random": get_random_states(),
+            "beginning": self.beginning,
+            "carry": self.carry,
+            "path": self.path,
+        }
+        self.log.save("checkpoint", state)
+
+    def _end(self, taken: int, complete: bool) -> None:
+        if self.log is None:
+            return
+        buffers = {name: b.detach().cpu() for name, b in self.L.model.named_buffers()}
+        final = {"step": taken, "params": self.L.params().cpu(), "buffers": buffers, "complete": complete}
+        if self.path:
+            steps, params = zip(*self.path, strict=True)
+            self.log.save_trajectory(list(steps), list(params))
+        self.log.save("final", final)
+        self.log.close()
+
+
+def _whole_numbers(**given: int | None) -> None:
+    for name, value in given.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; expected a whole number of steps from 1")
+
+
+def _same_parameters(L: Objective, optimizer: torch.optim.Optimizer, batches: Iterable[Any]) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not held & {id(p) for p in L.variables()}:
         raise ValueError(
             "the optimizer holds none of the trainable parameters of the objective's model; make it from "
             "L.model.parameters()"
@@ -102,113 +357,6 @@ def train(
         raise ValueError(
             f"the batches index {batches.n} examples, but the objective has {L.size}: pass Batches(L.size, ...)"
         )
-    batch_size = batch_sizes(batch_size if batch_size is not None else getattr(batches, "batch_size", None))
-    replacement = replacement if replacement is not None else getattr(batches, "replacement", False)
-    available = {"batch_size": batch_size, "lr": learning_rate(optimizer), "test": test, "batch_gradient": True}
-    require(plan, available)
-    log = None
-    if run is not None:
-        log = Run.create(
-            run,
-            {
-                **(config or {}),
-                "training": {
-                    "objective": L.describe(),
-                    "optimizer": settings(optimizer),
-                    "lr": learning_rate(optimizer),
-                    "batch_size": batch_size,
-                    "replacement": replacement,
-                    "every": every,
-                    "diagnostics": list(plan.items()),
-                    "trained_loss": _trained_loss(L, terms),
-                    "penalties": [[strength, entry.name, options] for strength, entry, options in terms],
-                    "micro_batch_size": micro_batch_size,
-                    "probe_seed": seed,
-                    "engine": engine,
-                    "threads": torch.get_num_threads(),
-                },
-            },
-        )
-    return _steps(
-        L,
-        optimizer,
-        batches,
-        penalties,
-        plan,
-        every,
-        log,
-        test,
-        micro_batch_size,
-        batch_size,
-        replacement,
-        seed,
-        engine,
-    )
-
-
-def _steps(
-    L: Objective,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterable[Any],
-    penalties: list[tuple[float, regularizers.Request]],
-    plan: dict[str, dict[str, Any]],
-    every: int,
-    log: Run | None,
-    test: Objective | None,
-    micro_batch_size: int | None,
-    batch_size: int | tuple[int, ...] | None,
-    replacement: bool,
-    seed: int,
-    engine: Engine,
-) -> Iterator[Snapshot]:
-    carry: dict[Hashable, Any] = {}
-    taken = 0
-    try:
-        for step, batch in enumerate(batches):
-            optimizer.zero_grad()  # also what it holds beside the model
-            draws = generator(seed, step, "penalties")
-            closure = BatchGradient(L, batch, micro_batch_size=micro_batch_size, penalties=penalties, generator=draws)
-            batch_loss = closure()
-            at = Snapshot(
-                L,
-                L.params(),
-                step,
-                seed,
-                batch_size=batch_size,
-                replacement=replacement,
-                lr=learning_rate(optimizer),
-                optimizer=settings(optimizer),
-                batch=batch,
-                micro_batch_size=micro_batch_size,
-                modes={name: module.training for name, module in L.model.named_modules()},
-                penalties={(e.name, *sorted(o.items())): closure.penalties[e.name] for _, e, o in closure.terms},
-                batch_gradient=_flat_gradient(L),
-                preconditioner=preconditioner(optimizer, L),
-                test=test,
-                carry=carry,
-                engine=engine,
-            )
-            if plan and step % every == 0:
-                started = time.perf_counter()
-                evaluate(at, plan)
-                if log is not None:
-                    log.append(_record(at, batch_loss, time.perf_counter() - started))
-            yield at
-            at.release()
-            if not math.isfinite(batch_loss):
-                return  # diverged: the log says so, and the parameters of this point are kept
-            if isinstance(optimizer, torch.optim.LBFGS):  # evaluates what it minimizes, as often as it likes
-                optimizer.step(closure.objective)
-            elif getattr(optimizer, "needs_closure", False):
-                optimizer.step(closure)
-            else:
-                optimizer.step()
-            taken += 1
-    finally:
-        if log is not None:
-            buffers = {name: b.detach().cpu() for name, b in L.model.named_buffers()}
-            log.save("final", {"step": taken, "params": L.params().cpu(), "buffers": buffers})
-            log.close()
 
 
 def _trained_loss(L: Objective, terms: list) -> str | None:
@@ -221,15 +369,3 @@ def _flat_gradient(L: Objective) -> Tensor:
     """The gradient in the live model's `.grad`, as the objective's flat vector."""
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in L.variables()]
     return L.join([g.detach().to(L.device, L.dtype) for g in grads])
-
-
-def _record(at: Snapshot, batch_loss: float, seconds: float) -> dict[str, Any]:
-    return {
-        "step": at.step,
-        "lr": at.lr,
-        "batch_size": at.batch_size,
-        "batch_loss": batch_loss,
-        "matvecs": at.matvecs,
-        "seconds": round(seconds, 6),
-        "measurements": {name: m.to_dict() for name, m in at.measurements.items()},
-    }

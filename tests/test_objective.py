@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import curvlab as cl
+from curvlab.trained import TrainedObjective
 from curvlab.batches import Examples
 from curvlab.diagnostics import DIAGNOSTICS
 from curvlab.diagnostics.values import exact
@@ -712,6 +713,26 @@ REFUSALS = {
         "weights of a foreign batch are unknown",
         lambda: objective(weights=torch.ones(12)).value(batch=(X, Y)),
     ),
+    "no_folder_to_resume": (
+        ValueError,
+        "need a folder to read and write; pass run=",
+        lambda: cl.train(L := objective(), torch.optim.SGD(L.variables(), lr=0.1), [], resume=True),
+    ),
+    "weight_decays_that_differ": (
+        ValueError,
+        r"weight decays \[0.0, 0.1\]; the trained objective needs one",
+        lambda: cl.train(
+            L := objective(),
+            torch.optim.SGD([{"params": [p], "weight_decay": 0.1 * i} for i, p in enumerate(L.variables())], lr=0.1),
+            [],
+            diagnostics=["trained/loss"],
+        ),
+    ),
+    "whole_batch_gradient_of_a_micro_batch": (
+        TypeError,
+        "looks at the gradient of the whole batch",
+        lambda: TrainedObjective(objective(), [(0.1, "implicit_regularizer_mean")]),
+    ),
     "population": (ValueError, "population_size is 5 for 12 examples", lambda: objective(population_size=5)),
     "groups_of_a_population": (
         ValueError,
@@ -741,7 +762,7 @@ REFUSALS = {
     ),
     "example_gradients_of_batch_norm": (
         ValueError,
-        r"per-example gradients do not exist in mode='train': 1 \(BatchNorm1d\) couples",
+        r"per-example gradients do not exist: 1 \(BatchNorm1d\) couples the examples of a batch. Measure in mode='eval'",
         lambda: objective(normalized(), mode="train").example_gradients(),
     ),
     "captures_of_batch_norm": (
@@ -1169,7 +1190,7 @@ def test_refusal(name):
 
 
 OWN_TESTS = {"linalg", "claims", "problems", "measurement", "runs", "plots", "report", "cli", "__init__", "__main__"}
-OWN_TESTS |= {"methods", "flow"}
+OWN_TESTS |= {"methods", "flow", "trained", "sweep"}
 
 
 def test_every_raise_has_a_refusal():

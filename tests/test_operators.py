@@ -345,8 +345,10 @@ LAYERS = (
     {"snapshot", "runs", "regularizers"},
     {"diagnostics", "batch_gradient", "methods", "landscape"},
     {"point", "verify", "flow"},
+    {"trained"},
     {"trainer", "monitor"},
     {"claims", "problems", "plots", "report", "integrations", "compat"},
+    {"sweep"},
     {"cli"},
     {"__main__"},
 )

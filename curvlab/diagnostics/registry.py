@@ -23,7 +23,11 @@ NEEDS = {
     "lr": "pass lr=0.1, the learning rate of the step",
     "test": "pass test=Objective(model, loss, held_out_data)",
     "batch_gradient": "it exists while training: measure it with train()",
+    "trained": "what is trained is known while training: measure it with train()",
 }
+
+
+TRAINED = "trained/"  # asks for a diagnostic of the objective that is trained
 
 
 @dataclass(frozen=True)
@@ -105,12 +109,15 @@ def parse(requests: Iterable[Request]) -> dict[str, dict[str, Any]]:
     plan: dict[str, dict[str, Any]] = {}
     for request in [requests] if isinstance(requests, str) else requests:
         name, options = (request, {}) if isinstance(request, str) else request
-        name = ALIASES.get(name, name)
-        if name not in DIAGNOSTICS:
+        prefix = TRAINED if name.startswith(TRAINED) else ""
+        plain = name.removeprefix(prefix)
+        plain = ALIASES.get(plain, plain)
+        if plain not in DIAGNOSTICS:
             raise ValueError(f"there is no diagnostic {name!r}; there are {', '.join(sorted(DIAGNOSTICS))}")
+        name = prefix + plain
         if name in plan:
             raise ValueError(f"diagnostic {name} is asked for twice; ask once, with the options of one of them")
-        known = DIAGNOSTICS[name].options
+        known = DIAGNOSTICS[plain].options
         unknown = set(options) - set(known)
         if unknown:
             raise ValueError(f"diagnostic {name} has no option {sorted(unknown)}; it has {', '.join(known) or 'none'}")
@@ -139,7 +146,8 @@ def require(plan: Mapping[str, Mapping[str, Any]], available: Mapping[str, Any])
         ValueError: naming the diagnostic, what it needs, and how to pass it.
     """
     for name, options in plan.items():
-        for need in DIAGNOSTICS[name].needs:
+        needs = DIAGNOSTICS[name.removeprefix(TRAINED)].needs
+        for need in (*needs, "trained") if name.startswith(TRAINED) else needs:
             if available.get(need) is None and options.get(need) is None:
                 raise ValueError(f"diagnostic {name} needs {need}: {NEEDS[need]}")
 
@@ -153,8 +161,10 @@ def evaluate(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, M
     with at.objective.measuring():
         for name, options in plan.items():
             started, spent = time.perf_counter(), at.matvecs
+            point = at.trained if name.startswith(TRAINED) else at
+            assert point is not None
             try:
-                found = DIAGNOSTICS[name].function(at, **options)
+                found = DIAGNOSTICS[name.removeprefix(TRAINED)].function(point, **options)
             except (ArithmeticError, torch.linalg.LinAlgError) as error:  # not finite, or so large that it overflows
                 found = missing(str(error))
             if found.value is not None and not np.all(np.isfinite(found.value)):

@@ -3,6 +3,7 @@
 from .points import density, lines, measurements, plane
 from .runs import batch_sizes, edge_of_stability, loss_difference, plot, quantities
 from .style import save
+from .sweeps import sweep
 
 __all__ = [
     "batch_sizes",
@@ -15,4 +16,5 @@ __all__ = [
     "plot",
     "quantities",
     "save",
+    "sweep",
 ]

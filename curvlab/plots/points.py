@@ -47,26 +47,27 @@ def measurements(found: Mapping[str, Measurement], *, title: str = "") -> Figure
 def _curve(ax: Axes, m: Measurement) -> None:
     assert m.axis is not None
     name, points = m.axis
-    low, high = m.interval()
+    value = np.asarray(m.value)
+    low, high = (np.asarray(end) for end in m.interval())
+    bars = np.stack([value - low, high - value])
     if name in ("layer", "output"):
         places = np.arange(len(points))
-        ax.barh(places, m.value, xerr=[m.value - low, high - m.value], color=BLUE, alpha=0.7, error_kw={"lw": 1})
+        ax.barh(places, value, xerr=bars, color=BLUE, alpha=0.7, error_kw={"lw": 1})
         ax.set_yticks(places, [str(point) for point in points])
         ax.invert_yaxis()
         return
     x = np.array(points, dtype=float)
     if name == "eigenvalue":
-        _density(ax, x, np.asarray(m.value), np.asarray(low), np.asarray(high))
+        _density(ax, x, value, low, high)
         return
-    bars = [m.value - low, high - m.value]
-    ax.errorbar(x, m.value, yerr=bars, color=BLUE, marker="o", ms=3.5, lw=1, elinewidth=1, capsize=2)
+    ax.errorbar(x, value, yerr=bars, color=BLUE, marker="o", ms=3.5, lw=1, elinewidth=1, capsize=2)
     ax.set_xlabel(name.replace("_", " "), fontsize=8)
     if name == "batch_size":
         ax.set_xscale("log", base=2)
     if name == "index":
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.locator_params(axis="x", integer=True)
         ax.set_ylabel("eigenvalue", fontsize=8)
-        if np.min(m.value) > 0 and np.max(m.value) > 10 * np.min(m.value):
+        if value.min() > 0 and value.max() > 10 * value.min():
             ax.set_yscale("log")
 
 
@@ -117,7 +118,7 @@ def plane(plane: Plane) -> Figure:
         axes.plot(plane.path[:, 0], plane.path[:, 1], ".-", color=RED, lw=1, label="path, projected")
     axes.set_xlabel(f"along {plane.names[0]}")
     axes.set_ylabel(f"along {plane.names[1]}")
-    axes.xaxis.get_major_locator().set_params(nbins=5)
+    axes.locator_params(axis="x", nbins=5)
     axes.legend(fontsize=8)
     figure.colorbar(contours, ax=axes, label="log10 of the loss" if positive else "loss")
     return figure

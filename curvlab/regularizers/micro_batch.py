@@ -68,7 +68,11 @@ class MicroBatch:
 
     @property
     def batch_gradient(self) -> list[Tensor]:
-        assert self._owner is not None
+        if self._owner is None:
+            raise TypeError(
+                "the penalty looks at the gradient of the whole batch, which the trained objective, made of micro-batches, does "
+                "not have; measure the loss itself, without the prefix trained/"
+            )
         return self._owner.gradient
 
     @property

@@ -1,0 +1,80 @@
+"""Benchmarks run, and their records are complete. What they measure is never tested."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from curvlab.regularizers import REGULARIZERS
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+ENVIRONMENT = {"command", "commit", "versions", "platform", "started", "cores", "threads", "load"}
+
+
+def records(folder: Path, name: str) -> list[dict]:
+    lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def run(name: str, folder: Path) -> str:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--records", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check(record: dict, name: str) -> None:
+    assert record["benchmark"] == name
+    assert set(record["environment"]) >= ENVIRONMENT
+    assert record["environment"]["threads"] == 1
+    assert record["environment"]["command"][0] == f"{name}.py"
+    text = json.dumps(record)
+    assert str(ROOT) not in text
+    assert str(Path.home()) not in text
+    assert not platform.node() or f'"{platform.node()}"' not in text
+
+
+def check_penalties(record: dict, sizes: list[int], names: set[str]) -> None:
+    check(record, "penalties")
+    found = [(row["micro_batch_size"], row["candidate"]) for row in record["results"]]
+    assert sorted(found) == sorted((size, name) for size in sizes for name in {"plain", "torch", *names})
+    for row in record["results"]:
+        numbers = [row["ratio"], row["wall_ratio"], row["milliseconds"], *row["quartiles"]]
+        assert all(math.isfinite(x) and x > 0 for x in numbers), row
+        assert row["quartiles"][0] <= row["ratio"] <= row["quartiles"][1]
+        if row["candidate"] == "plain":
+            assert numbers[0] == numbers[1] == 1
+
+
+def test_penalties_run_and_append(tmp_path):
+    folder = tmp_path / "records"
+    folder.mkdir()
+    (folder / "penalties.jsonl").write_text('{"benchmark": "earlier"}\n')
+    printed = run("penalties", folder)
+    earlier, new = records(folder, "penalties")
+    assert earlier == {"benchmark": "earlier"}
+    assert new["settings"]["quick"] is True
+    check_penalties(new, [16, 64], set(REGULARIZERS))
+    assert all(name in printed for name in REGULARIZERS)
+    assert str(tmp_path) not in json.dumps(new)
+
+
+@pytest.mark.parametrize("record", records(BENCHMARKS / "records", "penalties"))
+def test_kept_records_of_penalties_are_complete(record):
+    names = {row["candidate"] for row in record["results"]} - {"plain", "torch"}  # of its time
+    assert "gradient_norm_penalty" in names
+    assert record["settings"]["quick"] is False
+    check_penalties(record, [16, 128, 1024], names)
+
+
+def test_the_table_of_benchmarks_is_the_folder():
+    scripts = {file.stem for file in BENCHMARKS.glob("*.py")} - {"record"}
+    table = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert scripts == {part.split(".py")[0] for part in table.split("python benchmarks/")[1:]}
