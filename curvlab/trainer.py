@@ -22,7 +22,7 @@ from .guard import get_random_states, set_random_states
 from .hvp import Engine
 from .linalg.probes import generator
 from .objective import Objective
-from .optimizers import learning_rate, preconditioner, settings, weight_decay
+from .optimizers import learning_rate, preconditioner, settings, stability_threshold, weight_decay
 from .regularizers import registry as regularizers
 from .runs import Run
 from .snapshot import Snapshot
@@ -241,6 +241,7 @@ class _Training:
         record = {
             "step": at.step,
             "lr": at.lr,
+            "threshold": None if at.lr is None else stability_threshold(at.optimizer, at.lr),
             "batch_size": at.batch_size,
             "batch_loss": batch_loss,
             "matvecs": at.matvecs,
@@ -257,7 +258,8 @@ class _Training:
 
     def _finish(self, record: dict[str, Any], effective_lr: float | None) -> None:
         if record and self.log is not None:
-            self.log.append({**record, "effective_lr": effective_lr})
+            threshold = 2 / effective_lr if effective_lr else None  # the step is along the gradient
+            self.log.append({**record, "effective_lr": effective_lr, "threshold": threshold})
         record.clear()
 
     def _step(self, closure: BatchGradient, batch_loss: float) -> None:

@@ -73,6 +73,20 @@ def test_a_scheduler_that_looks_at_the_loss_gets_it():
     assert rates == [1e-9, 1e-9, 5e-10, 2.5e-10]
 
 
+def test_the_threshold_is_that_of_the_optimizer_at_every_step(tmp_path):
+    model = net()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    decay = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.8)
+    options = {"scheduler": decay, "diagnostics": ["loss", "sharpness"], "run": tmp_path / "a"}
+    list(cl.train(objective(model), sgd, cl.Batches(24, 24, 3), **options))
+    run = cl.Run(tmp_path / "a")
+    expected = [3.8 / 0.5, 3.8 / 0.4, 3.8 / 0.32]
+    assert run.column("threshold")[1] == pytest.approx(expected)
+    lines = cl.plots.edge_of_stability(run).axes[1].lines
+    (drawn,) = [line for line in lines if str(line.get_label()) == "threshold of SGD = 7.6 ... 11.88"]
+    assert drawn.get_ydata() == pytest.approx(expected)
+
+
 def test_the_effective_learning_rate_is_that_of_the_step_taken(tmp_path):
     model = net()
     L, ngd = objective(model), methods.NormalizedGD(model.parameters(), lr=0.1)
@@ -81,6 +95,7 @@ def test_the_effective_learning_rate_is_that_of_the_step_taken(tmp_path):
     steps, rates = run.column("effective_lr")
     assert list(steps) == [0, 1, 2, 3]
     assert rates == pytest.approx(0.1 / run.series("gradient_norm").values)
+    assert run.column("threshold")[1] == pytest.approx(2 / rates)
     assert [float((b - a).norm()) for a, b in pairwise(points)] == pytest.approx([0.1] * 3)
 
 

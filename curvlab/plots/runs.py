@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+ADAPTIVE = ("Adam", "AdamW", "RMSprop")  # whose thresholds are for the preconditioned sharpness
+
+
 def plot(runs: Run | Sequence[Run], folder: str | Path | None = None) -> list[Path]:
     """Draw every figure that the logs allow and save each as PNG and PDF; returns the PNG paths.
 
@@ -55,15 +58,20 @@ def edge_of_stability(run: Run) -> Figure:
     top.set_title(_title(run), fontsize=9, loc="left")
     b = run.config.get("training", {}).get("batch_size")
     curves = [("sharpness", BLUE, "sharpness  ‖H‖")]
-    if "interaction_sharpness" in run.names:
+    if "preconditioned_sharpness" in run.names and not np.isnan(run.series("preconditioned_sharpness").values).all():
+        # of an adaptive optimizer, whose threshold is for this
+        curves = [("preconditioned_sharpness", BLUE, "preconditioned sharpness")]
+    elif "interaction_sharpness" in run.names:
         name = "S_n" if b == _examples(run) else "S_b"
         curves.append(("interaction_sharpness", RED, rf"interaction-aware sharpness  $\|H\|_{{{name}}}$"))
+    adaptive = run.config.get("training", {}).get("optimizer", {}).get("name") in ADAPTIVE
     highest = 0.0
     for name, colour, label in curves:
         series = run.series(name)
         _band(bottom, series, colour, label)
         highest = max(highest, float(np.nanquantile(series.values, 0.995)))
-    _threshold(bottom, run)
+    if not adaptive or curves[0][0] == "preconditioned_sharpness":
+        _threshold(bottom, run)
     if "gradient_concentration" in run.names and b != _examples(run):
         rho, (_, lr) = run.series("gradient_concentration"), run.column("lr")
         label = r"$2\rho_b/\mathrm{lr}$ (running median)"
@@ -187,10 +195,18 @@ def _band(axes: Axes, series: Series, colour: str, label: str) -> None:
 
 
 def _threshold(axes: Axes, run: Run) -> None:
-    steps, lr = run.column("lr")
-    momentum = run.config.get("training", {}).get("optimizer", {}).get("momentum", 0.0)
-    if len(lr) and not momentum:
-        axes.plot(steps, 2 / lr, color=BLACK, ls="--", lw=1.1, label=f"2/lr = {2 / lr[0]:.4g}")
+    """What the curvature is compared with: 2/lr, or the threshold of the optimizer in use."""
+    steps, bound = run.column("threshold")
+    lr = run.column("lr")[1]
+    optimizer = run.config.get("training", {}).get("optimizer", {})
+    if not len(bound) and len(lr) and not optimizer.get("momentum"):  # a log without thresholds
+        steps, bound = run.column("lr")[0], 2 / lr
+    if len(bound):
+        plain = len(bound) == len(lr) and np.allclose(bound, 2 / lr)
+        name = "2/lr" if plain else f"threshold of {optimizer.get('name', 'the optimizer')}"
+        first, last = (f"{x:.4g}" for x in (bound[0], bound[-1]))
+        label = f"{name} = {first}" if first == last else f"{name} = {first} ... {last}"
+        axes.plot(steps, bound, color=BLACK, ls="--", lw=1.1, label=label)
 
 
 def _two_over_lr(run: Run) -> float:
