@@ -76,14 +76,14 @@ def test_a_scheduler_that_looks_at_the_loss_gets_it():
 def test_the_threshold_is_that_of_the_optimizer_at_every_step(tmp_path):
     model = net()
     sgd = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    decay = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.8)
+    decay = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.5)
     options = {"scheduler": decay, "diagnostics": ["loss", "sharpness"], "run": tmp_path / "a"}
     list(cl.train(objective(model), sgd, cl.Batches(24, 24, 3), **options))
     run = cl.Run(tmp_path / "a")
-    expected = [3.8 / 0.5, 3.8 / 0.4, 3.8 / 0.32]
+    expected = [7.6, 15.2, 30.4]
     assert run.column("threshold")[1] == pytest.approx(expected)
     lines = cl.plots.edge_of_stability(run).axes[1].lines
-    (drawn,) = [line for line in lines if str(line.get_label()) == "threshold of SGD = 7.6 ... 11.88"]
+    drawn = {line.get_label(): line for line in lines}["threshold of SGD = 7.6 ... 30.4"]
     assert drawn.get_ydata() == pytest.approx(expected)
 
 
