@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..linalg import LinearOperator
 from ..linalg.probes import rademacher
+from ..linalg.trace import quadratic_mean
 from ..measurement import Measurement
 from ..snapshot import Snapshot
 from .estimation import default_probes
@@ -42,15 +43,20 @@ def layer_sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
 def layer_hessian_trace(at: Snapshot, *, probes: int | None = None) -> Measurement:
     """Traces of the diagonal blocks of the Hessian, over an axis "layer"; they sum to tr(H).
 
-    Hutchinson's estimator with one set of random signs for all layers: Σ_{j in l} z_j (Hz)_j, one product a probe.
+    Hutchinson's estimator with one set of random signs for all layers: Σ_{j in l} z_j (Hz)_j, one product a probe. The
+    error is that of `quadratic_mean`, from the images of the probes.
+
+    Raises:
+        ValueError: fewer than 2 probes.
     """
-    m = default_probes(at, probes)
-    Z = rademacher((at.objective.num_params, m), at.gradient, generator=at.generator("layer_hessian_trace"))
-    terms = (Z * (at.hessian @ Z)).double()
-    samples = torch.stack([terms[place].sum(0) for place in layers(at).values()])
-    errors = (samples.std(1, correction=1) / m**0.5).tolist()
-    floors = (16 * torch.finfo(at.objective.dtype).eps * samples.abs().amax(1)).tolist()
-    return _by_layer(at, samples.mean(1).tolist(), "sem", errors, df=m - 1, floors=floors)
+    shape = (at.objective.num_params, default_probes(at, probes))
+    Z = rademacher(shape, at.gradient, generator=at.generator("layer_hessian_trace"))
+    Y = at.hessian @ Z
+    found = [quadratic_mean(Z[place], Y[place], block=True) for place in layers(at).values()]
+    scales = [float((Z[place] * Y[place]).double().sum(0).abs().max()) for place in layers(at).values()]
+    floors = [16 * torch.finfo(at.objective.dtype).eps * scale for scale in scales]
+    values, errors = [float(m.value) for m in found], [float(m.error) for m in found]  # type: ignore[arg-type]
+    return _by_layer(at, values, "sem", errors, df=[float(m.df) for m in found], floors=floors)
 
 
 @diagnostic("‖∇_l L‖", formula="norm of the full gradient in each layer", kind="exact", cost="1 gradient, shared")
@@ -95,8 +101,14 @@ def _norms(at: Snapshot, v: Tensor) -> Measurement:
 
 
 def _by_layer(
-    at: Snapshot, values: list[float], kind: str, errors: list[float], *, df: float = np.inf, floors: list[float]
+    at: Snapshot,
+    values: list[float],
+    kind: str,
+    errors: list[float],
+    *,
+    df: list[float] | float = np.inf,
+    floors: list[float],
 ) -> Measurement:
     axis = ("layer", tuple(layers(at)))
-    full = np.full(len(values), df)
+    full = np.broadcast_to(df, len(values)).astype(float)
     return Measurement(np.array(values), np.array(errors), kind, full, np.array(floors), axis=axis)  # type: ignore[arg-type]

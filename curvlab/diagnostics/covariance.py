@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..linalg import Eigenpairs
-from ..linalg.probes import rademacher
+from ..linalg import Eigenpairs, LinearOperator, trace
 from ..measurement import Measurement, missing
 from ..operators import gradient_covariance
 from ..snapshot import Snapshot
-from .estimation import default_probes
 from .noise import mean_squared_norm, squared_norm
 from .registry import diagnostic
 from .tracking import remarked, subspace_error, top_eigenpairs, tracked_eigenpairs
@@ -51,11 +47,14 @@ def gradient_covariance_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e
     "tr(C_1)²/tr(C_1²)", formula="effective rank of the covariance of per-example gradients", kind="sem",
     cost="the Gram matrix for N up to 2048, exact; otherwise 16 products with C_1",
 )  # fmt: skip
-def gradient_covariance_effective_rank(at: Snapshot, *, probes: int | None = None) -> Measurement:
+def gradient_covariance_effective_rank(at: Snapshot, *, probes: int = 4) -> Measurement:
     """Participation ratio of the eigenvalues of C_1, from 1 to min(N - 1, P): how many directions gradient noise has.
 
-    For N up to 2048 exact from the Gram matrix. Otherwise tr(C_1²) = E‖C_1 z‖² over random signs z; the error is that of the
-    denominator to first order.
+    For N up to 2048 exact from the Gram matrix. Otherwise tr(C_1²) by XTrace, four products with C_1 a probe, which the few
+    large eigenvalues cost no variance; the error is that of the denominator to first order.
+
+    Raises:
+        ValueError: fewer than 2 probes.
     """
     L = at.objective
     if L.size <= GRAM_LIMIT:
@@ -64,14 +63,13 @@ def gradient_covariance_effective_rank(at: Snapshot, *, probes: int | None = Non
         if squares == 0.0:
             return missing("all per-example gradients are equal")
         return Measurement(total**2 / squares, floor=64 * torch.finfo(L.dtype).eps * total**2 * scale / squares / total)
-    m = default_probes(at, probes)
     C = gradient_covariance(L, at.w, batch_size=1, examples=at.examples)
-    Z = rademacher((L.num_params, m), at.gradient, generator=at.generator("effective_rank"))
-    samples = (C @ Z).double().square().sum(0)
-    mean, total = float(samples.mean()), mean_squared_norm(at) - squared_norm(at)
-    relative = float(samples.std(correction=1)) / math.sqrt(m) / mean
+    square = LinearOperator(lambda V: C @ (C @ V), C.size, C.dtype, C.device, "the squared covariance")
+    found = trace(square, num_matvecs=2 * probes, generator=at.generator("effective_rank"))
+    mean, total = float(found.value), mean_squared_norm(at) - squared_norm(at)  # type: ignore[arg-type]
     value = total**2 / mean
-    return Measurement(value, value * relative, "sem", df=m - 1, floor=64 * torch.finfo(L.dtype).eps * value)
+    floor = value * (float(found.floor) / mean + 64 * torch.finfo(L.dtype).eps)
+    return Measurement(value, value * float(found.error) / mean, found.kind, found.df, floor)
 
 
 @diagnostic(

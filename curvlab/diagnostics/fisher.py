@@ -50,9 +50,8 @@ def fisher_trace(
     C = outputs[0].numel()
     eps = torch.finfo(L.dtype).eps
     if exact or probes >= C:
-        basis = torch.eye(C, dtype=L.dtype, device=L.device)
-        terms = [_mean_squared_norm(at, outputs, e.view(outputs[:1].shape).expand_as(outputs)) for e in basis]
-        return Measurement(sum(terms), floor=16 * eps * sum(terms))
+        total = at.shared("fisher_trace", lambda: _exact(at, outputs))
+        return Measurement(total, floor=16 * eps * total)
     generator = at.generator("fisher_trace")
 
     def draw(count: int) -> list[float]:
@@ -79,6 +78,11 @@ def _outputs(at: Snapshot) -> torch.Tensor | None:
         return torch.cat(found) if whole else None
 
     return at.shared("outputs", compute)
+
+
+def _exact(at: Snapshot, outputs: torch.Tensor) -> float:
+    basis = torch.eye(outputs[0].numel(), dtype=outputs.dtype, device=outputs.device)
+    return sum(_mean_squared_norm(at, outputs, e.view(outputs[:1].shape).expand_as(outputs)) for e in basis)
 
 
 def _mean_squared_norm(at: Snapshot, outputs: torch.Tensor, xi: torch.Tensor) -> float:

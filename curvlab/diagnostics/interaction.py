@@ -13,12 +13,11 @@ from ..linalg.probes import rademacher
 from ..measurement import Measurement, missing
 from ..operators import noise_share
 from ..snapshot import Snapshot
-from .estimation import default_probes, estimate
+from .estimation import batch_gradients, default_probes, estimate, likely_batches
 from .noise import BatchSizes, over_batch_sizes, second_moment, squared_norm
 from .registry import diagnostic
 from .sampled import HS_B, S_B, S_N, sampled_moments
 
-POOL = 32  # random batches of which one is evaluated
 REFRESH = 8  # steps between two fits of the control variate
 _COST = "16 probes and 10-30 products; 2 probes and 2 products when tracked"
 
@@ -183,8 +182,9 @@ def expected_loss_difference(
         scale = lr * squared_norm(at) + lr**2 / 2 * float(values.abs() @ second)
 
         def draw(count: int) -> list[float]:
-            batches, inverse = _likely_to_matter(at, b, count, dots, generator)
-            G = at.examples.combine(batches.to(L.device, L.dtype))
+            # What the quadratic model leaves is of third order in the step.
+            batches, inverse = likely_batches(at, b, count, lambda norms: norms**1.5, generator=generator, dots=dots)
+            G = batch_gradients(at, batches)
             realised = torch.stack([L.value(at.w - lr * g) - at.value for g in G.T])
             model = -lr * (gradient @ G.double()) + lr**2 / 2 * (values[:, None] * (Q.T @ G).double().square()).sum(0)
             return (inverse * (realised - model)).tolist()
@@ -283,36 +283,6 @@ def _refitted(at: Snapshot, k: int | None) -> bool:
     """Whether the control vectors are new at this step."""
     k = min(10 if k is None else k, at.objective.num_params)
     return at.carry is not None and at.carry[("control", k)]["age"] == 1
-
-
-def _likely_to_matter(
-    at: Snapshot, b: int, count: int, dots: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Coefficients (N, count) of random batches, and the weights (count,) that keep the mean over them unbiased.
-
-    What the quadratic model leaves is of third order in the step, so a few batches of long gradients carry it, and 16
-    uniform ones often miss them all (coverage 50-80%). Each batch is therefore drawn from a pool of its own (all examples
-    for b = 1), half uniformly and half in proportion to ‖g_b‖³, by ‖g_b‖² ≈ ‖Qᵀg_b‖² + b^{-2} Σ (‖g_i‖² - ‖Qᵀg_i‖²), which
-    needs no further products.
-    """
-    n = at.objective.size
-    if b == 1:
-        index = torch.arange(n)[None, :, None].expand(count, n, 1)
-    elif at.replacement:
-        index = torch.randint(n, (count, POOL, b), generator=generator)
-    else:
-        drawn = [torch.randperm(n, generator=generator)[:b] for _ in range(count * POOL)]
-        index = torch.stack(drawn).view(count, POOL, b)
-    dots, norms = dots.cpu(), at.examples.squared_norms().cpu()
-    rest = (norms - dots.square().sum(1)).clamp_min(0)
-    score = (dots[index].mean(2).square().sum(2) + rest[index].sum(2) / b**2) ** 1.5
-    even = torch.full_like(score, 1 / score.shape[1])
-    chance = 0.5 * even + 0.5 * torch.nan_to_num(score / score.sum(1, keepdim=True), nan=float(even[0, 0]))
-    chosen = torch.multinomial(chance, 1, generator=generator)
-    coefficients = torch.zeros(n, count, dtype=torch.float64)
-    batches = index.gather(1, chosen[:, :, None].expand(count, 1, b))[:, 0]
-    coefficients.scatter_add_(0, batches.T, torch.full((b, count), 1 / b, dtype=torch.float64))
-    return coefficients, (even / chance).gather(1, chosen)[:, 0].to(at.w.device)
 
 
 def _over(numerator: Measurement, denominator: Measurement) -> Measurement:

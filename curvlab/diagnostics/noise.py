@@ -13,7 +13,7 @@ from torch import Tensor
 from ..measurement import Kind, Measurement, missing
 from ..operators import noise_share
 from ..snapshot import Snapshot
-from .estimation import default_probes
+from .estimation import batch_gradients, default_probes, estimate, likely_batches
 from .registry import batch_sizes, diagnostic
 from .sampled import S_B, S_N, sampled_moments
 from .tracking import subspace_error, top_eigenpairs
@@ -71,7 +71,7 @@ def gradient_variance(at: Snapshot) -> Measurement:
 def gradient_variance_top_share(at: Snapshot) -> Measurement:
     """How much of Γ the largest 1% of the examples carry, at least one: near 0.01 for light tails, 1 for the heaviest."""
     share, _ = _top_share(at)
-    return missing("all per-example gradients are equal") if share != share else Measurement(share)
+    return missing("all per-example gradients are equal") if share != share else exact(share, at.objective)
 
 
 @diagnostic("tr(C_1)/‖∇L‖²", formula="Γ/‖∇L‖²", kind="exact", cost="1 gradient, shared")
@@ -110,11 +110,18 @@ def mean_resultant_length(at: Snapshot, *, batch_size: BatchSizes = None, sample
 
     From m independent batches as the mean cosine of different pairs, (‖Σ ĝ‖² - m)/(m(m-1)), which has no bias; the plain
     squared mean has one of about (1 - R̄²)/m. The error is that of the jackknife over batches, with m - 1 degrees of freedom.
+    For b = 1 exact over all examples.
 
     Source: Lee 2022, sec. 5.1; Mardia and Jupp 2000.
     """
 
     def length(b: int) -> Measurement:
+        if b == 1:
+            inverse = 1 / at.examples.squared_norms().sqrt()
+            if not bool(torch.isfinite(inverse).all()):
+                return missing("the gradient of a batch is zero")
+            mean = at.examples.combine(inverse[:, None].to(at.objective.dtype)).double() / at.objective.size
+            return exact(float(mean.square().sum()), at.objective, scale=1.0)
         G = _batch_gradients(at, b, default_probes(at, samples, step=4))
         norms = G.norm(dim=0)
         if not bool((norms > 0).all()):
@@ -136,36 +143,42 @@ def mean_resultant_length(at: Snapshot, *, batch_size: BatchSizes = None, sample
 
 @diagnostic(
     "std‖g_b‖/E‖g_b‖", formula="coefficient of variation of the batch gradient's norm", kind="sem",
-    cost="16 sums over examples; 4 in a run", needs=["batch_size"],
+    cost="23 sums over examples; 11 in a run", needs=["batch_size"],
 )  # fmt: skip
 def batch_gradient_norm_variation(
     at: Snapshot, *, batch_size: BatchSizes = None, samples: int | None = None
 ) -> Measurement:
     """Spread of ‖g_b‖ over batches; where it is small R̄_b² and ρ_b agree. For b = 1 exact over all examples.
 
-    From m independent batches, with the jackknife's bias correction and error.
+    With s² = tr(S_b), which is exact, E‖g_b‖ = s(1 - d), d = E(‖g_b‖ - s)²/(2s²), and the coefficient of variation is
+    √((1 - d)^{-2} - 1). Only d is estimated, from batches that are drawn half uniformly and half in proportion to the
+    (‖g_b‖ - s)² that is predicted for them; the error is that of d, to first order, pooled over steps in a run.
 
     Source: Lee 2022, sec. 5.1.
     """
-
-    def ratio(x: Tensor) -> float:
-        return float(x.std(correction=1) / x.mean())
 
     def variation(b: int) -> Measurement:
         if b == 1:
             norms = at.examples.squared_norms().sqrt()
             return exact(float(norms.std(correction=0) / norms.mean()), at.objective)
-        norms = _batch_gradients(at, b, default_probes(at, samples, step=4)).norm(dim=0)
-        m = len(norms)
-        if m == 1:
+        if noise_share(at.objective.size, b, at.replacement) == 0.0:
             return Measurement(0.0)
-        if m == 2:
-            return missing("an error needs at least 3 batches: pass samples=16")
-        keep = ~torch.eye(m, dtype=torch.bool)
-        without = torch.tensor([ratio(norms[row.to(norms.device)]) for row in keep], dtype=torch.float64)
-        value = m * ratio(norms) - (m - 1) * float(without.mean())
-        error = math.sqrt((m - 1) / m * float((without - without.mean()).square().sum()))
-        return Measurement(value, error, "sem", df=m - 1, floor=16 * torch.finfo(at.objective.dtype).eps)
+        s = math.sqrt(float(second_moment(at, b).value))  # type: ignore[arg-type]
+        if s == 0.0:
+            return missing("the gradient of every batch is zero")
+        generator = at.generator(f"batch_gradient_norm_variation {b}")
+
+        def draw(count: int) -> list[float]:
+            batches, inverse = likely_batches(at, b, count, lambda n2: (n2.sqrt() - s).square(), generator=generator)
+            norms = torch.linalg.vector_norm(batch_gradients(at, batches).double(), dim=0)
+            return (inverse * (norms / s - 1).square() / 2).tolist()
+
+        key, count = ("batch_gradient_norm_variation", b), default_probes(at, samples, step=4)
+        found = estimate(at, key, draw, probes=count, scale=1.0)
+        floor = 16 * torch.finfo(at.objective.dtype).eps
+        mean = max(1 - float(found.value), math.sqrt(squared_norm(at)) / s, floor)  # type: ignore[arg-type]
+        value = math.sqrt(max(mean**-2 - 1, 0.0))
+        return replace(found, value=value, error=float(found.error) / (mean**3 * max(value, floor)), floor=floor)
 
     return over_batch_sizes(at, batch_size, variation)
 
@@ -251,28 +264,15 @@ def gradient_concentration(at: Snapshot, *, batch_size: BatchSizes = None, sampl
     return over_batch_sizes(at, batch_size, rho)
 
 
-def draw_batches(n: int, b: int, count: int, replacement: bool, generator: torch.Generator) -> Tensor:
-    """Coefficients (n, count) of independent batches: column j holds how often each example is drawn, over b."""
-    coefficients = torch.zeros(n, count, dtype=torch.float64)
-    for j in range(count):
-        index = (
-            torch.randint(n, (b,), generator=generator) if replacement else torch.randperm(n, generator=generator)[:b]
-        )
-        coefficients[:, j] += torch.bincount(index, minlength=n) / b
-    return coefficients
-
-
 def _batch_gradients(at: Snapshot, b: int, count: int) -> Tensor:
-    """Gradients of independent batches, (P, count) float64; one where every batch is the data set."""
-
-    def draw() -> Tensor:
-        L = at.objective
-        if noise_share(L.size, b, at.replacement) == 0.0:
-            return at.gradient[:, None].double()
-        batches = draw_batches(L.size, b, count, at.replacement, at.generator(f"batch gradients {b}"))
-        return at.examples.combine(batches.to(L.device, L.dtype)).double()
-
-    return at.shared(("batch_gradients", b, count), draw)
+    """Gradients of independent uniform batches, (P, count) float64; one where every batch is the data set."""
+    n, generator = at.objective.size, at.generator(f"batch gradients {b}")
+    if noise_share(n, b, at.replacement) == 0.0:
+        return at.gradient[:, None].double()
+    if at.replacement:
+        return batch_gradients(at, torch.randint(n, (count, b), generator=generator)).double()
+    drawn = [torch.randperm(n, generator=generator)[:b] for _ in range(count)]
+    return batch_gradients(at, torch.stack(drawn)).double()
 
 
 def _top_share(at: Snapshot) -> tuple[float, int]:

@@ -15,7 +15,7 @@ from ..linalg import LinearOperator, eigsh
 from ..measurement import Measurement, missing
 from ..operators import hessian, noise_share
 from ..snapshot import Snapshot
-from .estimation import default_probes, estimate
+from .estimation import default_probes, estimate, likely_batches
 from .noise import BatchSizes, over_batch_sizes, second_moment
 from .registry import diagnostic
 from .tracking import largest, subspace_error, top_eigenpairs, tracked_eigenpairs
@@ -50,7 +50,7 @@ def preconditioned_sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     "E[g_bᵀ H_b g_b/‖g_b‖²]",
     formula="mean over batches of the curvature of the batch's own loss along its gradient",
     kind="sem",
-    cost="16 batches, each 1 gradient and 1 product of b examples; 4 in a run",
+    cost="16 batches, each 1 gradient and 1 product of b examples; 4 in a run; 1 gradient and 7 sums, shared",
     needs=["batch_size"],
 )
 def batch_sharpness(
@@ -64,6 +64,13 @@ def batch_sharpness(
     """Batch sharpness, with the mini-batch's own Hessian H_b: a mean of ratios.
 
     Not ‖H‖_{S_b}, whose H is that of all data: the batch's own Hessian overstates tr(H S_b) by 38-90% on a small net.
+    Few batches carry much of it, so that batches are drawn half uniformly and half in proportion to ‖g_b‖², and weighted
+    so that the mean is that over all batches (uniform ones cover 55-93% for the ratio of means). For b = 1 and no more than
+    `samples` examples all of them are used and the result is exact.
+
+    Args:
+        samples: batches; default 16 at a single point, 4 in a run, whose variance is pooled over steps.
+        target, budget: as for `interaction_trace`, in batches.
 
     Source: Andreyev and Beneventano 2024 (arXiv 2412.20553).
     """
@@ -165,11 +172,13 @@ def directional_sharpness(at: Snapshot, *, alphas: Sequence[float] = ALPHAS) -> 
     Source: Lee 2022, fig. 3 left.
     """
     g = at.gradient.double()
-    values = []
-    for alpha in alphas:
-        Hg = _hessian_along(at, alpha) @ at.gradient
-        values.append(float(g @ Hg.double() / g.square().sum()))
-    return _curve(at, values, alphas)
+    length = float(g.norm())
+    if length == 0.0:
+        return missing("the gradient is zero, so it has no direction")
+    products = [(_hessian_along(at, alpha) @ at.gradient).double() for alpha in alphas]
+    eps, rounding = torch.finfo(at.objective.dtype).eps, 2 * at.gradient_floor / length
+    floors = [float(Hg.norm()) / length * (16 * eps + rounding) for Hg in products]
+    return _curve(at, [float(g @ Hg) / length**2 for Hg in products], alphas, floors)
 
 
 @diagnostic(
@@ -227,39 +236,44 @@ def _over_batches(
 ) -> Measurement:
     def mean(b: int) -> Measurement:
         count = default_probes(at, samples, step=4)
-        empty: tuple[list[Tensor], list[Tensor]] = ([], [])
-        curvatures, norms = at.shared(("batch_curvature", b), lambda: empty)
+        everything = b == 1 and at.objective.size <= count
+        drawn = at.shared(("batch_curvature", b, everything), lambda: list[Tensor]())
         used = 0
 
         def draw(more: int) -> list[float]:
             nonlocal used
             used += more
-            _draw_curvatures(at, b, used, curvatures, norms)
-            curvature, norm = torch.stack(curvatures[used - more : used]), torch.stack(norms[used - more : used])
+            _draw_curvatures(at, b, used, drawn, everything)
+            curvature, norm, inverse = torch.stack(drawn[used - more : used], 1)
             if not bool((norm > 0).all()):
                 raise FloatingPointError("the gradient of a batch is zero")
-            return value(curvature, norm, b).tolist()
+            return (inverse * value(curvature, norm, b)).tolist()
 
         if noise_share(at.objective.size, b, at.replacement) == 0.0:  # every batch is the data set
             return exact(draw(1)[0], at.objective)
-        found = estimate(at, (name, b), draw, probes=count, target=target, budget=budget)
+        if everything:
+            return exact(sum(draw(at.objective.size)) / at.objective.size, at.objective)
+        found = estimate(at, (name, b), draw, probes=count, scale=1.0, target=target, budget=budget)
         return replace(found, floor=16 * torch.finfo(at.objective.dtype).eps * abs(float(found.value)))  # type: ignore[arg-type]
 
     return over_batch_sizes(at, batch_size, mean)
 
 
-def _draw_curvatures(at: Snapshot, b: int, count: int, curvatures: list[Tensor], norms: list[Tensor]) -> None:
-    """Extend g_bᵀ H_b g_b and ‖g_b‖², float64, to `count` independent batches."""
+def _draw_curvatures(at: Snapshot, b: int, count: int, drawn: list[Tensor], everything: bool) -> None:
+    """Extend (g_bᵀ H_b g_b, ‖g_b‖², weight), float64, to `count` independent batches, or go through all examples."""
     L = at.objective
-    for i in range(len(norms), count):
-        generator = at.generator(f"batch_curvature {b} {i}")
-        index = torch.randperm(L.size, generator=generator)[:b]
-        if at.replacement:
-            index = torch.randint(L.size, (b,), generator=generator)
-        products = HessianProducts(L, at.w, batch=index)
+    for i in range(len(drawn), count):
+        batch, weight = torch.tensor([i]), torch.ones((), dtype=torch.float64, device=L.device)
+        if noise_share(L.size, b, at.replacement) == 0.0:
+            batch = torch.arange(L.size)
+        elif not everything:
+            generator = at.generator(f"batch_curvature {b} {i}")
+            batches, weights = likely_batches(at, b, 1, lambda norms: norms, generator=generator)
+            batch, weight = batches[0], weights[0]
+        products = HessianProducts(L, at.w, batch=batch)
         g = products.value_and_gradient()[1]
-        curvatures.append(g.double() @ products.matmat(g[:, None])[:, 0].double())
-        norms.append(g.double().square().sum())
+        curvature = g.double() @ products.matmat(g[:, None])[:, 0].double()
+        drawn.append(torch.stack([curvature, g.double().square().sum(), weight]))
 
 
 def _cosine_to_last(at: Snapshot, key: str, g: Tensor) -> Measurement:
@@ -284,10 +298,12 @@ def _hessian_along(at: Snapshot, alpha: float) -> LinearOperator:
     return at.shared(("hessian", alpha), lambda: at.counted(hessian(at.objective, _along(at, alpha))))
 
 
-def _curve(at: Snapshot, values: list[float], alphas: Sequence[float]) -> Measurement:
+def _curve(
+    at: Snapshot, values: list[float], alphas: Sequence[float], floors: list[float] | None = None
+) -> Measurement:
     found = np.array(values)
     if not np.isfinite(found).all():
         raise FloatingPointError("not finite: the loss diverges along the step")
-    floor = 16 * torch.finfo(at.objective.dtype).eps * np.abs(found)
+    floor = 16 * torch.finfo(at.objective.dtype).eps * np.abs(found) if floors is None else np.array(floors)
     zero = np.zeros(len(found))
     return Measurement(found, zero, "exact", zero + np.inf, floor, axis=("alpha", tuple(float(a) for a in alphas)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,7 +114,7 @@ def hessian_density(at: Snapshot, *, num_probes: int = 8, steps: int = 40, point
     generator = at.generator("hessian_density")
     found = spectral_density(at.hessian, num_probes=num_probes, steps=steps, grid=points, generator=generator)
     axis = ("eigenvalue", tuple(found.grid.tolist()))
-    return Measurement(found.values.numpy(), found.errors.numpy(), "sem", np.full(points, num_probes - 1.0), axis=axis)
+    return Measurement(found.values.numpy(), found.errors.numpy(), "sem", found.df.numpy(), axis=axis)
 
 
 def _images(
