@@ -105,6 +105,14 @@ def test_batches_of_one_have_no_statistics():
         cl.measure(L, ["gradient_concentration"], batch_size=1)
 
 
+def test_heavy_tails_are_said():
+    model, x, y = normalized_net()
+    L = cl.Objective(model, "cross_entropy", (x, y), mode="train")
+    few, many = (cl.measure(L, ["gradient_second_moment_trace"], batch_size=b) for b in (2, 12))  # two give a tiny deviation
+    assert "heavy tails: one of them carries" in few["gradient_second_moment_trace"].note
+    assert "heavy tails" not in many["gradient_second_moment_trace"].note
+
+
 def test_intervals_of_sampled_batches_are_calibrated():
     model, x, y = normalized_net()
     order = torch.Generator().manual_seed(0)

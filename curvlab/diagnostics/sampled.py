@@ -135,7 +135,10 @@ def _of_batches(at: Snapshot, b: int, count: int, curvature: bool) -> Moments:
         forms = (G.double() * HG.double()).sum(0).cpu().numpy()
     rows = np.stack([np.full(count, float(g.square().sum())), norms, forms], 1)
     without = (rows.sum(0) - rows) / (count - 1)
-    return Moments(rows.mean(0), without, 1.0, f"Monte Carlo over {count} mini-batches, each with its own statistics")
+    how, largest = f"Monte Carlo over {count} mini-batches, each with its own statistics", norms.max() / norms.sum()
+    if largest > 0.2 and largest > 4 / count:
+        how += f"; heavy tails: one of them carries {largest:.0%} of tr(S_b), ask for more samples"
+    return Moments(rows.mean(0), without, 1.0, how)
 
 
 def _of_population(at: Snapshot, groups: int, curvature: bool) -> np.ndarray:

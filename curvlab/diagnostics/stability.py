@@ -244,23 +244,25 @@ def _over_batches(
             nonlocal used
             used += more
             _draw_curvatures(at, b, used, drawn, everything)
-            curvature, norm, inverse = torch.stack(drawn[used - more : used], 1)
+            curvature, norm, inverse, _ = torch.stack(drawn[used - more : used], 1)
             if not bool((norm > 0).all()):
                 raise FloatingPointError("the gradient of a batch is zero")
             return (inverse * value(curvature, norm, b)).tolist()
 
         if noise_share(at.objective.size, b, at.replacement) == 0.0:  # every batch is the data set
-            return exact(draw(1)[0], at.objective)
-        if everything:
-            return exact(sum(draw(at.objective.size)) / at.objective.size, at.objective)
-        found = estimate(at, (name, b), draw, probes=count, scale=1.0, target=target, budget=budget)
-        return replace(found, floor=16 * torch.finfo(at.objective.dtype).eps * abs(float(found.value)))  # type: ignore[arg-type]
+            found = Measurement(draw(1)[0])
+        elif everything:
+            found = Measurement(sum(draw(at.objective.size)) / at.objective.size)
+        else:
+            found = estimate(at, (name, b), draw, probes=count, scale=1.0, target=target, budget=budget)
+        _, norm, _, rounding = torch.stack(drawn[:used], 1)
+        return replace(found, floor=float(value(rounding, norm, b).mean()))
 
     return over_batch_sizes(at, batch_size, mean)
 
 
 def _draw_curvatures(at: Snapshot, b: int, count: int, drawn: list[Tensor], everything: bool) -> None:
-    """Extend (g_bᵀ H_b g_b, ‖g_b‖², weight), float64, to `count` independent batches, or go through all examples."""
+    """Extend (g_bᵀ H_b g_b, ‖g_b‖², weight, rounding of the first), float64, to `count` independent batches, or go through all examples."""
     L = at.objective
     for i in range(len(drawn), count):
         batch, weight = torch.tensor([i]), torch.ones((), dtype=torch.float64, device=L.device)
@@ -272,8 +274,9 @@ def _draw_curvatures(at: Snapshot, b: int, count: int, drawn: list[Tensor], ever
             batch, weight = batches[0], weights[0]
         products = HessianProducts(L, at.w, batch=batch)
         g = products.value_and_gradient()[1]
-        curvature = g.double() @ products.matmat(g[:, None])[:, 0].double()
-        drawn.append(torch.stack([curvature, g.double().square().sum(), weight]))
+        Hg, g = products.matmat(g[:, None])[:, 0].double(), g.double()
+        rounding = Hg.norm() * (16 * torch.finfo(L.dtype).eps * g.norm() + 2 * at.gradient_floor)
+        drawn.append(torch.stack([g @ Hg, g @ g, weight, rounding]))
 
 
 def _cosine_to_last(at: Snapshot, key: str, g: Tensor) -> Measurement:
