@@ -31,7 +31,9 @@ _HOME = {
     "gradient_flow": "flow",
     "Run": "runs",
 }
-_MODULES = ("claims", "diagnostics", "landscape", "linalg", "methods", "operators", "plots", "problems", "regularizers")
+_MODULES = (
+    "claims", "diagnostics", "landscape", "linalg", "methods", "operators", "plots", "problems", "regularizers", "sweep",
+)  # fmt: skip
 
 __all__ = [
     "Objective", "batch_loss", "Batches", "Measurement", "Snapshot",
@@ -39,6 +41,7 @@ __all__ = [
     "hessian", "ggn", "fisher", "gradient_second_moment", "gradient_covariance",
     "diagnostic", "measure", "train", "gradient_flow", "Run",
     "claims", "diagnostics", "landscape", "linalg", "methods", "operators", "plots", "problems", "regularizers",
+    "sweep",
 ]  # fmt: skip
 
 

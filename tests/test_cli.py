@@ -13,7 +13,7 @@ import pytest
 
 from curvlab import Run
 from curvlab.cli import main
-from curvlab.problems import Experiment, build
+from curvlab.problems import Experiment, build, start
 
 SHORT = ["--steps", "12", "--n", "64", "--hidden", "8"]
 
@@ -128,10 +128,63 @@ def test_the_same_command_gives_the_same_numbers(tmp_path):
     assert logs[0] == logs[1]
 
 
+def test_penalties_and_methods_are_options(tmp_path):
+    asked = ["--penalty", "gradient_norm=0.01", "--micro-batch", "16", "--method", "iterative_grafting"]
+    asked += ["--diagnostics", "loss"]
+    assert main(["run", *asked, *SHORT, "--out", str(tmp_path / "r")]) == 0
+    run = Run(tmp_path / "r")
+    assert run.config["training"]["penalties"] == [[0.01, "gradient_norm_penalty", {}]]
+    assert run.config["training"]["micro_batch_size"] == 16
+    assert run.config["training"]["optimizer"]["name"] == "IterativeGrafting"
+    assert run.names == ["loss", "gradient_norm_penalty"]
+    assert main(["measure", str(tmp_path / "r"), "--diagnostics", "loss"]) == 0
+
+
+def test_an_interrupted_run_goes_on(tmp_path, capsys):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = ["--batch-size", "8", "--diagnostics", "loss", "sharpness", *SHORT]
+    assert main(["run", *options, "--out", str(whole)]) == 0
+    training = start(Experiment(batch_size=(8,), diagnostics=("loss", "sharpness"), steps=12, n=64, hidden=(8,)), 8,
+                     run=stopped, checkpoint_every=5)  # fmt: skip
+    for at in training.snapshots:
+        if at.step == 7:
+            break
+    training.snapshots.close()
+    assert main(["run", *options, "--out", str(stopped), "--resume"]) == 0
+    logs = [
+        [(r["step"], {k: m["value"] for k, m in r["measurements"].items()}) for r in Run(p).records]
+        for p in (whole, stopped)
+    ]
+    assert logs[0] == logs[1]
+    assert main(["run", *options, "--resume"]) == 2
+    assert "give its folder by --out" in capsys.readouterr().err
+
+
+def test_a_sweep_is_one_command(tmp_path, capsys):
+    options = ["--diagnostics", "loss", "--seeds", "0,1", "--workers", "1", "--out", str(tmp_path / "s"), *SHORT]
+    assert main(["sweep", "edge-of-stability", "--grid", "lr=0.05,0.1", "batch_size=8,32", *options]) == 0
+    out = capsys.readouterr().out
+    assert "lr    batch_size  seeds  test_accuracy" in out
+    assert f"figure: {tmp_path / 's' / 'sweep.png'}" in out
+    assert main(["plot", str(tmp_path / "s"), "--out", str(tmp_path / "figures")]) == 0  # its runs are runs like others
+    assert main(["claims", str(tmp_path / "s" / "lr=0.1_batch_size=8_seed=1")]) == 0
+
+
+def test_a_study_ends_in_sentences(tmp_path, capsys):
+    options = ["--rows", "SB", "LB", "EG", "--steps", "4", "--seeds", "0,1", "--workers", "1"]
+    assert main(["sweep", "novack-digits", *options, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split()[0] for line in out.splitlines() if line[:2] in ("SB", "LB", "EG")]
+    assert rows == ["SB", "LB", "EG"]
+    for part in ("minus LB", "minus SB", "in the paper", "92.33", "small batches generalize better than large ones"):
+        assert part in out
+
+
 def test_list_names_everything(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    for name in ("edge-of-stability", "control", "interaction_sharpness", "test_accuracy", "iir"):
+    for name in ("edge-of-stability", "novack-digits", "control", "interaction_sharpness", "test_accuracy", "iir",
+                 "gradient_norm_penalty", "iterative_grafting", "wrn_16_4", "fashion_mnist"):  # fmt: skip
         assert name in out
 
 
@@ -143,6 +196,14 @@ def test_list_names_everything(capsys):
         (["claims", "/nowhere"], "holds no run"),
         (["measure", "/nowhere"], "holds no run"),
         (["plot"], "name at least one run"),
+        (["sweep"], "name what to sweep: a preset, or one of the studies novack-digits"),
+        (["sweep", "nonsense"], "there is no preset 'nonsense'; there are novack-digits, edge-of-stability"),
+        (["sweep", "control", "--seeds", "a"], "seeds are 'a'"),
+        (["sweep", "control", "--grid", "colour=red"], "there is no setting 'colour' to vary"),
+        (["sweep", "novack-digits", "--tuning-seeds", "0,9"], "seeds [0] are for tuning and for the table"),
+        (["run", "--method", "adagrad"], "there is no method 'adagrad'"),
+        (["run", "--penalty", "gradient_norm"], "expected name=strength"),
+        (["run", "--method", "external_grafting"], "--external RUN"),
     ],
 )
 def test_mistakes_get_one_line_and_status_2(arguments, message, capsys):
@@ -158,9 +219,10 @@ def test_a_run_is_never_overwritten(tmp_path, capsys):
     assert (tmp_path / "r" / "measurements.jsonl").read_text() == "precious"
 
 
-def test_help_answers_without_loading_torch():
+@pytest.mark.parametrize("command", [["run"], ["sweep"], ["sweep", "novack-digits"]])
+def test_help_answers_without_loading_torch(command):
     code = (
-        "import sys; sys.argv = ['curvlab', 'run', '--help']\n"
+        f"import sys; sys.argv = ['curvlab', *{command}, '--help']\n"
         "try:\n from curvlab.cli import main; main()\n"
         "finally:\n assert 'torch' not in sys.modules"
     )

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -38,13 +39,22 @@ def test_readme_examples(tmp_path, monkeypatch, capsys):
 
 
 def table() -> str:
+    """The registry, with what `benchmarks/costs.py` counted on the demo problem: products + passes."""
+    counted = json.loads((README.parent / "benchmarks" / "records" / "costs.json").read_text())["costs"]
+    assert set(counted) == set(DIAGNOSTICS), "run python benchmarks/costs.py"
+
     def cell(text: str) -> str:
         return text.replace("|", "\\|")
 
+    def cost(pair: list[float] | None) -> str:
+        return "-" if pair is None else " + ".join(f"{x:.0f}" if x >= 10 or x == int(x) else f"{x:.1f}" for x in pair)
+
+    head = ["name", "symbol", "formula", "kind of error", "cost", "at a point", "per step"]
     rows = [
-        f"| `{d.name}` | {cell(d.symbol)} | {cell(d.formula)} | {d.kind} | {d.cost} |" for d in DIAGNOSTICS.values()
-    ]
-    return "\n".join(["| name | symbol | formula | kind of error | cost |", "|---|---|---|---|---|", *rows])
+        [f"`{d.name}`", cell(d.symbol), cell(d.formula), d.kind, d.cost, *(cost(counted[d.name][k]) for k in ("point", "step"))]
+        for d in DIAGNOSTICS.values()
+    ]  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
 def test_readme_table_is_the_registry():

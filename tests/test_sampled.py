@@ -108,7 +108,9 @@ def test_batches_of_one_have_no_statistics():
 def test_heavy_tails_are_said():
     model, x, y = normalized_net()
     L = cl.Objective(model, "cross_entropy", (x, y), mode="train")
-    few, many = (cl.measure(L, ["gradient_second_moment_trace"], batch_size=b) for b in (2, 12))  # two give a tiny deviation
+    few, many = (
+        cl.measure(L, ["gradient_second_moment_trace"], batch_size=b) for b in (2, 12)
+    )  # two give a tiny deviation
     assert "heavy tails: one of them carries" in few["gradient_second_moment_trace"].note
     assert "heavy tails" not in many["gradient_second_moment_trace"].note
 
@@ -210,9 +212,11 @@ def _coverage(seeds: int, m: int) -> tuple[dict[str, float], dict[str, list[floa
 def test_a_sample_covers_its_population(m):
     hits, values, truth = _coverage(500, m)
     for name, share in hits.items():
-        assert 0.90 <= share <= 0.985, f"{name}: {share:.1%}"
         x = np.array(values[name])
-        x = x[~np.isnan(x)]
+        lost = np.isnan(x)  # the denominator is not resolved: no claim is made
+        assert 0.90 <= share <= (0.985 if not lost.any() else 1.0), f"{name}: {share:.1%}"
+        if lost.any():
+            continue  # what is resolved is no fair sample
         assert abs(x.mean() - truth[name]) < 4 * x.std() / math.sqrt(len(x)) + 0.03 * abs(truth[name]), name
 
 

@@ -1,15 +1,10 @@
-"""Named experiments: every setting of a training run in one place. Loads torch only to build one."""
+"""Named experiments: every setting of a training run in one place. Imports no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..objective import Objective
+from typing import Any, Literal, get_args, get_type_hints
 
 EDGE = (
     "loss",
@@ -29,44 +24,71 @@ EDGE = (
 class Experiment:
     """All settings of an experiment; several batch sizes are several runs."""
 
-    data: Literal["digits", "linear_regression"] = "digits"
-    """Data set."""
+    data: str = "digits"
+    """Data set (see `curvlab list`), such as digits, cifar10-8k: a number in the name is that of training examples."""
+    data_options: tuple[str, ...] = ()
+    """Options of the data set as name=value, such as difficulty=2.0."""
     n: int = 1024
-    """Number of training examples."""
+    """Number of training examples; 0 for all that there are."""
+    validation: int = 0
+    """Training examples that are set aside for choosing settings, and never trained on: the last ones of the n."""
     center: bool = False
     """Standardize the inputs (digits)."""
     label_noise: float = 0.0
-    """Share of wrong training labels (digits), or standard deviation of the noise (linear_regression)."""
-    model: Literal["mlp", "cnn", "linear"] = "mlp"
-    """Architecture."""
+    """Share of wrong training labels, or standard deviation of the noise (regressions)."""
+    model: str = "mlp"
+    """Architecture (see `curvlab list`), such as mlp, cnn, resnet18."""
+    model_size: Literal["full", "small"] = "full"
+    """Size of the papers' models: as in the paper, or small enough for a CPU."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers (mlp), or channels of the convolutions (cnn)."""
     activation: str = "tanh"
     """Activation (mlp): tanh, relu, gelu, elu or silu."""
-    loss: Literal["squared_error", "cross_entropy"] = "squared_error"
-    """squared_error is 0.5 times the sum over outputs."""
+    loss: Literal["squared_error", "cross_entropy", "next_token"] = "squared_error"
+    """squared_error is 0.5 times the sum over outputs; next_token is for sequences (gpt)."""
     lr: float = 0.2
     """Learning rate."""
+    schedule: Literal["constant", "cosine", "halving"] = "constant"
+    """Of the learning rate; halving: constant for half of the steps, then halved each tenth (Smith et al. 2021, sec. 4)."""
+    method: str = "sgd"
+    """Optimizer: sgd, adam, adamw, rmsprop, or a method of a paper (see `curvlab list`), such as iterative_grafting."""
+    method_options: tuple[str, ...] = ()
+    """Options of the optimizer as name=value, such as sigma=0.01."""
     momentum: float = 0.0
-    """Polyak momentum."""
+    """Polyak momentum (sgd, rmsprop)."""
+    weight_decay: float = 0.0
+    """Weight decay (sgd, adam, adamw, rmsprop)."""
+    penalty: tuple[str, ...] = ()
+    """Penalties that are added to the loss, as name=strength, such as gradient_norm=0.01; options after colons:
+    gradient_norm_difference=0.01:h=0.001."""
+    micro_batch: int = 0
+    """Examples of a micro-batch, for penalties and grafting; 0 is the whole batch."""
+    external: str = ""
+    """Run folder whose batch_gradient_norm, measured at every step, gives the step lengths of external_grafting."""
     batch_size: tuple[int, ...] = (0,)
     """Batch sizes, one run each; 0 is the full data set."""
     replacement: bool = False
     """Draw batches with replacement."""
     epochs: bool = False
     """Walk through shuffled data instead of drawing every batch independently."""
+    order: Literal["new", "fixed", "shuffled", "alternating"] = "new"
+    """Order of epochs: new batches in each, or the same ones in a fixed, shuffled or alternating order."""
     steps: int = 600
     """Optimizer steps."""
+    num_epochs: int = 0
+    """Length of training in epochs, N/b steps each, instead of `steps`; 0 for `steps`."""
     every: int = 1
     """Measure at every so many steps; odd, because dynamics at the edge have period 2."""
     init_seed: int = 0
     """Seed of the initialization (and of label noise)."""
     data_seed: int = 0
-    """Seed of the order of the data."""
+    """Seed of the order of the data, and of what a method draws."""
     probe_seed: int = 0
-    """Seed of the random probes of measurements."""
+    """Seed of the random probes of measurements, and of what penalties draw."""
     diagnostics: tuple[str, ...] = EDGE
     """What to measure."""
+    trajectory: bool = False
+    """Also save the parameters at the measured steps, for trajectory_distance."""
     device: str = "cpu"
     """Where to train and measure: cpu, cuda, cuda:1."""
     dtype: Literal["float32", "float64"] = "float32"
@@ -90,61 +112,114 @@ ABOUT: dict[str, str] = {
 }
 
 
-def build(experiment: Experiment, batch_size: int = 0) -> tuple[Objective, Objective, torch.optim.Optimizer, Any]:
-    """The training objective, the test objective, the optimizer and the batches of one run of an experiment.
+def vary(experiment: Experiment, name: str, text: str) -> Experiment:
+    """The experiment with one setting changed, as a grid of the command line writes it.
 
     Args:
-        batch_size: of the run; 0 is the full data set.
+        name: of a setting; ``penalty.NAME`` is the strength of a penalty, ``method.NAME`` an option of the method,
+            ``data.NAME`` one of the data set.
+        text: its value; the parts of a setting of several values are joined by +, such as ``hidden=64+64``.
 
     Raises:
-        ValueError: from the problem itself, such as a batch size above n.
+        ValueError: an unknown setting, or a value that it cannot have.
+
+    Example:
+        >>> vary(Experiment(), "hidden", "32+32").hidden
+        (32, 32)
+        >>> vary(Experiment(penalty=("gradient_norm=1",)), "penalty.gradient_norm", "0.1").penalty
+        ('gradient_norm=0.1',)
     """
-    import torch
-
-    from ..batches import Batches
-    from ..objective import Objective
-    from .data import digits, linear_regression
-    from .models import cnn, linear, mlp
-
-    try:
-        torch.empty(0, device=experiment.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {experiment.device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    torch.set_num_threads(experiment.threads)
-    dtype = getattr(torch, experiment.dtype)
-    seed = experiment.init_seed
-    if experiment.data == "digits":
-        noise = experiment.label_noise
-        train, test = digits(experiment.n, center=experiment.center, label_noise=noise, seed=seed, dtype=dtype)
-        outputs = 10
-    else:
-        train, test = linear_regression(experiment.n, noise=experiment.label_noise, seed=seed, dtype=dtype)
-        outputs = 1
-    inputs = train[0].shape[1]
-    if experiment.model == "mlp":
-        model: torch.nn.Module = mlp(
-            (inputs, *experiment.hidden, outputs), experiment.activation, seed=seed, dtype=dtype
+    kind, _, option = name.partition(".")
+    plural = {"penalty": "penalty", "method": "method_options", "data": "data_options"}.get(kind)
+    if option and plural:
+        others = tuple(entry for entry in getattr(experiment, plural) if entry.partition("=")[0] != option)
+        changed: dict[str, Any] = {plural: (*others, f"{option}={text}")}
+        return dataclasses.replace(experiment, **changed)
+    known = {field.name: field.default for field in dataclasses.fields(Experiment)}
+    if name not in known:
+        raise ValueError(
+            f"there is no setting {name!r} to vary; there are {', '.join(known)}, and penalty.NAME, method.NAME, data.NAME"
         )
-    elif experiment.model == "cnn":
-        model = cnn(experiment.hidden, num_classes=outputs, seed=seed, dtype=dtype)
-    else:
-        model = linear(inputs, outputs, dtype=dtype)
-    model = model.to(experiment.device)
-    L = Objective(model, experiment.loss, train)
-    optimizer = torch.optim.SGD(model.parameters(), lr=experiment.lr, momentum=experiment.momentum)
-    batches = Batches(
-        experiment.n,
-        batch_size or experiment.n,
-        experiment.steps,
-        replacement=experiment.replacement,
-        epochs=experiment.epochs,
-        seed=experiment.data_seed,
-    )
-    return L, Objective(model, experiment.loss, test), optimizer, batches
+    return dataclasses.replace(experiment, **{name: _value(name, known[name], text)})
+
+
+def _value(name: str, default: Any, text: str) -> Any:
+    """A setting of the type of its default."""
+    choices = get_args(get_type_hints(Experiment)[name]) if isinstance(default, str) else ()
+    if choices and text not in choices:
+        raise ValueError(f"{name} is {text!r}; expected one of {', '.join(choices)}")
+    if isinstance(default, tuple):
+        numbers = name in ("hidden", "batch_size")
+        return tuple(_number(name, part) if numbers else part for part in text.split("+") if part)
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{name} is {text!r}; expected true or false")
+        return text.lower() == "true"
+    return text if isinstance(default, str) else _number(name, text, type(default))
+
+
+def _number(name: str, text: str, kind: type = int) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}; expected a number of type {kind.__name__}") from None
+
+
+def parse_options(what: str, entries: tuple[str, ...]) -> dict[str, Any]:
+    """Pairs name=value as a dictionary of numbers, truth values, None and strings.
+
+    Raises:
+        ValueError: an entry without a name or a value.
+
+    Example:
+        >>> parse_options("method", ("sigma=0.1", "noise_steps=none", "n=2"))
+        {'sigma': 0.1, 'noise_steps': None, 'n': 2}
+    """
+    found = {}
+    for entry in entries:
+        name, equals, text = entry.partition("=")
+        if not (name and equals and text):
+            raise ValueError(f"an option of the {what} is {entry!r}; expected name=value, such as sigma=0.01")
+        found[name] = _literal(text)
+    return found
+
+
+def _literal(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parse_penalties(entries: tuple[str, ...]) -> list[tuple[float, tuple[str, dict[str, Any]]]]:
+    """Entries name=strength, with options after colons, as `curvlab.train` takes them.
+
+    Raises:
+        ValueError: an entry that is not of that form.
+
+    Example:
+        >>> parse_penalties(("gradient_norm=0.01",))
+        [(0.01, ('gradient_norm', {}))]
+    """
+    found = []
+    for entry in entries:
+        first, *options = entry.split(":")
+        name, _, strength = first.partition("=")
+        try:
+            found.append((float(strength), (name, parse_options("penalty", tuple(options)))))
+        except ValueError as error:
+            wrong = str(error) if "option" in str(error) else f"a penalty is {entry!r}"
+            raise ValueError(f"{wrong}; expected name=strength, such as gradient_norm=0.01") from None
+    return found
 
 
 def from_config(config: dict[str, Any]) -> tuple[Experiment, int]:
-    """The experiment and batch size that a run's configuration states.
+    """The experiment and batch size that a run's configuration states; settings that it does not know have their default.
 
     Raises:
         ValueError: the run was not made from an experiment, or by another version with other settings.
@@ -155,9 +230,8 @@ def from_config(config: dict[str, Any]) -> tuple[Experiment, int]:
             "the run does not state an experiment, so its model and data are unknown here; measure it with "
             "curvlab.measure(L, names, w=Run(path).load('final')['params'])"
         )
-    known = {field.name for field in dataclasses.fields(Experiment)}
-    if set(stored) != known:
-        odd = sorted(set(stored) ^ known)
+    odd = sorted(set(stored) - {field.name for field in dataclasses.fields(Experiment)})
+    if odd:
         raise ValueError(f"the run's experiment differs in the settings {odd}; read it with the version that made it")
     settings: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()

@@ -1,0 +1,109 @@
+"""`curvlab claims`, `curvlab plot` and `curvlab list`: what needs logs and registries only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ..problems.presets import ABOUT
+from ..problems.studies import STUDIES
+from ..runs import Run
+from .text import table, verdict_table
+
+
+def claims_command(arguments: list[str]) -> int:
+    def options(
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional], json: bool = False
+    ) -> tuple[tuple[Path, ...], bool]:
+        """What runs say about the papers' claims; several runs are also judged together.
+
+        Args:
+            runs: Run folders, or folders of runs.
+            json: Print JSON.
+        """
+        return runs, json
+
+    paths, as_json = tyro.cli(options, args=arguments, prog="curvlab claims")
+    from ..claims import check
+
+    verdicts = check(_expand(paths))
+    print(
+        json.dumps([dataclasses.asdict(v) for v in verdicts], indent=2, default=float)
+        if as_json
+        else verdict_table(verdicts)
+    )
+    return 0
+
+
+def plot_command(arguments: list[str]) -> int:
+    def options(
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path | None = None
+    ) -> tuple[tuple[Path, ...], Path | None]:
+        """Draw the figures of runs, as PNG and PDF.
+
+        Args:
+            runs: Run folders, or folders of runs.
+            out: Folder of the figures; default that of the runs.
+        """
+        return runs, out
+
+    paths, out = tyro.cli(options, args=arguments, prog="curvlab plot")
+    from ..plots import plot
+
+    for path in plot(_expand(paths), out):
+        print(path)
+    return 0
+
+
+def list_command(arguments: list[str]) -> int:
+    def options() -> None:
+        """Presets, studies, diagnostics, regularizers, methods, models, data sets and claims."""
+
+    tyro.cli(options, args=arguments, prog="curvlab list")
+    from ..claims import CLAIMS
+    from ..diagnostics import DIAGNOSTICS
+    from ..methods import METHODS
+    from ..problems.registry import DATA, MODELS
+    from ..regularizers import REGULARIZERS
+
+    parts: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [
+        ("presets", ("name", "what it shows"), list(ABOUT.items())),
+        ("studies", ("name", "what is compared"), [(name, s.about) for name, s in STUDIES.items()]),
+        (
+            "diagnostics",
+            ("name", "symbol", "formula", "kind", "cost"),
+            [(d.name, d.symbol, d.formula, d.kind, d.cost) for d in DIAGNOSTICS.values()],
+        ),
+        (
+            "regularizers",
+            ("name", "symbol", "formula", "source"),
+            [(r.name, r.symbol, r.formula, r.source) for r in REGULARIZERS.values()],
+        ),
+        ("methods", ("name", "formula", "source"), [(name, m.formula, m.source) for name, m in METHODS.items()]),
+        ("models", ("name", "what it is"), _first_lines(MODELS)),
+        ("data sets", ("name", "what it is"), _first_lines(DATA)),
+        ("claims", ("name", "source", "claim"), [(c.name, c.source, c.sentence) for c in CLAIMS.values()]),
+    ]
+    print("\n\n".join(f"{title}\n{table(head, rows)}" for title, head, rows in parts))
+    return 0
+
+
+def _first_lines(entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Names, and the first lines of the docstrings."""
+    return [(name, (entry.__doc__ or "").strip().splitlines()[0]) for name, entry in entries.items()]
+
+
+def _expand(paths: Sequence[Path]) -> list[Run]:
+    """Run folders, and the runs inside folders that are none."""
+    found: list[Run] = []
+    for path in paths:
+        inside = sorted((p.parent for p in path.glob("*/config.json")), key=lambda p: (len(p.name), p.name))
+        found += [Run(p) for p in inside] if inside and not (path / "config.json").exists() else [Run(path)]
+    if not found:
+        raise ValueError("name at least one run folder, such as runs/edge-of-stability-...")
+    return found

@@ -1,0 +1,87 @@
+"""`curvlab run`: train, measure every step, judge and draw."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ..problems.presets import ABOUT, PRESETS, Experiment
+from ..runs import Run
+from .text import verdict_table
+
+
+def run_command(arguments: list[str]) -> int:
+    name = "edge-of-stability"
+    if arguments and not arguments[0].startswith("-"):
+        name = arguments.pop(0)
+    if name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        experiment: Annotated[Experiment, tyro.conf.OmitArgPrefixes] = PRESETS[name]
+        out: Path | None = None
+        """Folder of the run; default runs/PRESET-TIME."""
+        checkpoint_every: int = 0
+        """Save the state of training every so many steps, so that a killed run can go on; 0 for never."""
+        resume: bool = False
+        """Go on with the run in --out where its last checkpoint is."""
+
+    options = tyro.cli(Options, args=arguments, prog=f"curvlab run {name}", description=ABOUT[name])
+    if options.resume and options.out is None:
+        raise ValueError("--resume goes on with a run: give its folder by --out")
+    folder = options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    keep = {"checkpoint_every": options.checkpoint_every or None, "resume": options.resume}
+    runs, interrupted = _train_all(options.experiment, folder, keep)
+    if runs:
+        from ..claims import check
+        from ..plots import plot
+
+        print(verdict_table(check(runs)))
+        for path in plot(runs, folder):
+            print(f"figure: {path}")
+    print(f"run:    {folder}")
+    return 130 if interrupted else 0
+
+
+def _train_all(experiment: Experiment, folder: Path, keep: dict[str, Any]) -> tuple[list[Run], bool]:
+    """The runs that have records, and whether they were interrupted."""
+    from ..problems.experiments import start
+
+    runs: list[Run] = []
+    several = len(experiment.batch_size) > 1
+    for b in experiment.batch_size:
+        place = folder / f"b{b or experiment.n}" if several else folder
+        training = start(experiment, b, run=place, **keep)
+        runs.append(Run(place))
+        label = f"b={training.batches.batch_size}" if several else ""
+        if _follow(training.snapshots, training.batches.steps, experiment.lr, label):
+            print(f"interrupted; what was measured is in {place}", file=sys.stderr)
+            return [run for run in runs if run.records], True
+    return [run for run in runs if run.records], False
+
+
+def _follow(snapshots: Any, steps: int, lr: float, label: str) -> bool:
+    """Train with a progress bar that shows the live numbers; True if it was interrupted."""
+    from tqdm import tqdm
+
+    shown = {"loss": "loss", "sharpness": "‖H‖", "interaction_sharpness": "‖H‖_S", "test_accuracy": "acc"}
+    bar = tqdm(total=steps, desc=label or "training", unit="step", mininterval=0.2)
+    bar.set_postfix({"2/lr": f"{2 / lr:.4g}"})
+    try:
+        for at in snapshots:
+            bar.update(at.step + 1 - bar.n)
+            live = {s: str(at.measurements[n]).split(" ")[0] for n, s in shown.items() if n in at.measurements}
+            if live:
+                bar.set_postfix({"2/lr": f"{2 / lr:.4g}", **live}, refresh=False)
+        return False
+    except KeyboardInterrupt:
+        return True
+    finally:
+        snapshots.close()  # saves the parameters and closes the log
+        bar.close()

@@ -1,0 +1,29 @@
+"""Tables on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..claims import Verdict
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """Columns as wide as their longest cell, the head underlined."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> str:
+    """What runs say about claims."""
+    rows = []
+    for v in verdicts:
+        number = (
+            ""
+            if v.statistic is None or v.interval is None
+            else f"{v.statistic:.3f} [{v.interval[0]:.3f}, {v.interval[1]:.3f}]"
+        )
+        rows.append((v.claim, v.run, v.decision, number, v.reason))
+    return table(("claim", "run", "verdict", "statistic, 95%", "why"), rows)
