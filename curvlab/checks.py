@@ -94,8 +94,8 @@ def population(given: int | None, size: int, weighted: bool) -> int | None:
         return None
     if given < size or weighted:
         raise ValueError(
-            f"population_size is {given} for {size} {'weighted ' if weighted else ''}examples; expected the number of examples "
-            "of which the data are a uniform sample, without weights"
+            f"population_size is {given} for {size} {'weighted ' if weighted else ''}examples; expected the number of "
+            "examples of which the data are a uniform sample, without weights"
         )
     return int(given)
 

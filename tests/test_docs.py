@@ -50,10 +50,10 @@ def table() -> str:
         return "-" if pair is None else " + ".join(f"{x:.0f}" if x >= 10 or x == int(x) else f"{x:.1f}" for x in pair)
 
     head = ["name", "symbol", "formula", "kind of error", "cost", "at a point", "per step"]
-    rows = [
-        [f"`{d.name}`", cell(d.symbol), cell(d.formula), d.kind, d.cost, *(cost(counted[d.name][k]) for k in ("point", "step"))]
-        for d in DIAGNOSTICS.values()
-    ]  # fmt: skip
+    rows = []
+    for name, d in DIAGNOSTICS.items():
+        costs = [cost(counted[name][key]) for key in ("point", "step")]
+        rows.append([f"`{name}`", cell(d.symbol), cell(d.formula), d.kind, d.cost, *costs])
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 

@@ -28,13 +28,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import curvlab as cl
-from curvlab.trained import TrainedObjective
 from curvlab.batches import Examples
 from curvlab.diagnostics import DIAGNOSTICS
 from curvlab.diagnostics.values import exact
 from curvlab.hvp import ENGINES
 from curvlab.losses import correct
 from curvlab.per_example import ExampleGradients
+from curvlab.trained import TrainedObjective
 
 PACKAGE = Path(cl.__file__).parent
 each_case = pytest.mark.parametrize("case", CASES, ids=str)

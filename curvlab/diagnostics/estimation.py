@@ -89,7 +89,9 @@ def estimate(
     mean = sum(w * v for w, v in zip(weights, reversed(history), strict=True)) / sum(weights)
     steps = sum(weights) ** 2 / sum(w * w for w in weights)
     single = 0.75 * (probes - 1)
-    if isinstance(samples, tuple):  # images show the variance of each probe by itself, and few overstate their own worth
+    if isinstance(
+        samples, tuple
+    ):  # images show the variance of each probe by itself, and few overstate their own worth
         single = min(float(found.df) * probes / (probes - 1), 2.0 * probes)
     return replace(found, error=scale * math.sqrt(mean / probes), df=max(1.0, single * steps))
 

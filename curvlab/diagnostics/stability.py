@@ -262,7 +262,7 @@ def _over_batches(
 
 
 def _draw_curvatures(at: Snapshot, b: int, count: int, drawn: list[Tensor], everything: bool) -> None:
-    """Extend (g_bᵀ H_b g_b, ‖g_b‖², weight, rounding of the first), float64, to `count` independent batches, or go through all examples."""
+    """Extend (g_bᵀ H_b g_b, ‖g_b‖², weight, rounding), float64, to `count` independent batches, or through all examples."""
     L = at.objective
     for i in range(len(drawn), count):
         batch, weight = torch.tensor([i]), torch.ones((), dtype=torch.float64, device=L.device)

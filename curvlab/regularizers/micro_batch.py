@@ -70,8 +70,8 @@ class MicroBatch:
     def batch_gradient(self) -> list[Tensor]:
         if self._owner is None:
             raise TypeError(
-                "the penalty looks at the gradient of the whole batch, which the trained objective, made of micro-batches, does "
-                "not have; measure the loss itself, without the prefix trained/"
+                "the penalty looks at the gradient of the whole batch, which the trained objective, made of micro-batches, "
+                "does not have; measure the loss itself, without the prefix trained/"
             )
         return self._owner.gradient
 
