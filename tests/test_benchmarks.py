@@ -78,3 +78,25 @@ def test_the_table_of_benchmarks_is_the_folder():
     scripts = {file.stem for file in BENCHMARKS.glob("*.py")} - {"record"}
     table = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     assert scripts == {part.split(".py")[0] for part in table.split("python benchmarks/")[1:]}
+
+
+def test_costs_are_counted(tmp_path):
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "costs.py"),
+        "--quick",
+        "--records",
+        str(tmp_path),
+        "--names",
+        "loss",
+        "sharpness",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    counted = json.loads((tmp_path / "costs.json").read_text())["costs"]
+    assert counted["loss"] == {"point": [0, 1.0], "step": [0.0, 1.0]}
+    products, passes = counted["sharpness"]["point"]
+    assert products >= 3
+    assert passes == 1.0

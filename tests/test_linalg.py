@@ -194,15 +194,57 @@ def test_matvecs_are_the_products_that_were_done(k):
     assert pairs.matvecs == counted.products
 
 
-@pytest.mark.parametrize("k", [1, 3, 10])
-def test_a_small_basis_restarts_and_is_still_right(k):
-    spectrum = torch.linspace(0, 1, 400) ** 0.5  # crowded at the top, so that many products are needed
+@pytest.mark.parametrize("room", ["least", "default"])
+@pytest.mark.parametrize("k", [1, 3, 10, 30])
+def test_a_small_basis_restarts_and_is_still_right(k, room, monkeypatch):
+    spectrum = torch.linspace(0, 1, 200) ** 0.5  # crowded at the top, so that many products are needed
     counted = Counting(rotated(spectrum))
-    pairs = eigsh(counted.operator(), k, tol=1e-7, max_basis=1, max_matvecs=4000, generator=seeded())
+    limit = k + 2 if room == "least" else 2 * k + 20
+    held = []
+
+    def watched(B, against=None, **options):
+        Q = orthonormalize(B, against, **options)
+        held.append(Q.shape[1] + (0 if against is None else against.shape[1]))
+        return Q
+
+    monkeypatch.setattr("curvlab.linalg.lanczos.orthonormalize", watched)
+    tol, max_basis = (1e-3, limit) if room == "least" else (1e-7, None)
+    pairs = eigsh(counted.operator(), k, tol=tol, max_basis=max_basis, max_matvecs=8000, generator=seeded())
     assert pairs.converged
-    assert pairs.matvecs > 2 * (2 * k + 20)  # more than the basis holds
+    assert pairs.matvecs == counted.products > limit  # more than the basis holds
+    assert max(held) <= limit
     check_pairs(counted.A, pairs, k)
-    assert torch.allclose(pairs.values, wanted(counted.A, k, "LA"), atol=1e-8)
+    assert torch.allclose(pairs.values, wanted(counted.A, k, "LA"), atol=1e-8 if tol == 1e-7 else 1e-3)
+
+
+@pytest.mark.parametrize("k", [1, 8])
+def test_a_start_that_is_too_large_is_cut_to_the_limits(k):
+    counted = Counting(rotated(torch.linspace(0, 1, 100)))
+    start = torch.randn(100, 40, generator=seeded(), dtype=F64)
+    pairs = eigsh(counted.operator(), k, tol=1e-3, start=start, max_basis=k + 2, max_matvecs=k + 1, generator=seeded())
+    assert pairs.matvecs == counted.products == k + 1
+    check_pairs(counted.A, pairs, k)
+
+
+def test_a_basis_too_small_for_the_wanted_pairs_is_refused():
+    with pytest.raises(ValueError, match=r"max_basis is 6; expected at least 7, which is k \+ 2, or None for 30"):
+        eigsh(torch.eye(50, dtype=F64), 5, max_basis=6)
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+def test_guards_are_the_ritz_vectors_that_come_next(which):
+    A = rotated(torch.linspace(-1.5, 2, 60) ** 3)
+    plain = eigsh(A, 3, which=which, generator=seeded())
+    pairs = eigsh(A, 3, which=which, guards=4, generator=seeded())
+    assert plain.guards.shape == (60, 0)
+    assert torch.equal(pairs.vectors, plain.vectors)
+    assert pairs.matvecs == plain.matvecs
+    X = torch.cat([pairs.vectors, pairs.guards], 1)
+    assert torch.allclose(X.T @ X, torch.eye(7, dtype=F64), atol=1e-12)
+    assert torch.allclose((pairs.guards.T @ A @ pairs.guards).diagonal(), pairs.guard_values, atol=1e-12)
+    key = {"LA": pairs.guard_values, "SA": -pairs.guard_values, "LM": pairs.guard_values.abs()}[which]
+    assert torch.all(key[:-1] >= key[1:])
+    assert eigsh(A[:3, :3], 3, which=which, guards=4, generator=seeded()).guards.shape == (3, 0)
 
 
 def test_products_needed_for_the_top_of_a_hessian_like_spectrum():

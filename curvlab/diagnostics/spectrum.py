@@ -13,14 +13,15 @@ from .sampled import population_eigenvalue
 from .tracking import largest, remarked, subspace_error, top_eigenpairs, tracked_eigenpairs
 
 
-@diagnostic("‖H‖", formula="λ_max(H), algebraically largest", kind="bound", cost="7-17 products, 2-5 when tracked")
+@diagnostic("‖H‖", formula="λ_max(H), algebraically largest", kind="bound", cost="13-22 products, 2-5 when tracked")
 def sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     """The largest eigenvalue of the Hessian, λ_1 = ‖H‖ wherever |λ_min| is smaller; otherwise the note says so.
 
     A Ritz value θ from Lanczos with residual r at most `tol` times the largest |Ritz value|: θ ≤ λ_1, and *some*
     eigenvalue lies within r of θ; `error` is r. The value itself is usually better by orders of magnitude, because the
-    distance to λ_1 is at most r²/gap. During training the last eigenvectors and the gradient start the next search, and
-    every 16th step a random vector joins them, so that an eigenvalue that rises unseen is found.
+    distance to λ_1 is at most r²/gap. During training the last eigenvectors start the next search, and a random vector
+    and the gradient join them every 16th step and whenever the Hessian has changed much, so that an eigenvalue that rises
+    unseen is found.
 
     Where the data are a sample of a population, the value is an estimate for the population instead, with the standard
     error of a bootstrap over examples; it costs about 34 products (`curvlab.diagnostics.sampled.population_eigenvalue`).
@@ -35,7 +36,7 @@ def sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     "λ_i",
     formula="k algebraically largest eigenvalues of H",
     kind="bound",
-    cost="13-31 products for k=5, fewer when tracked",
+    cost="25-45 products for k=5, 7-16 when tracked",
 )
 def hessian_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measurement:
     """The k largest eigenvalues of the Hessian, descending, each with its residual as `error` (see `sharpness`).
@@ -104,7 +105,7 @@ def gradient_top_share(at: Snapshot, *, k: int = 5, tol: float = 1e-3) -> Measur
 
 @diagnostic(
     "λ_i(NTK)", formula="k largest eigenvalues of (1/N) J Jᵀ, J the Jacobian of all outputs", kind="bound",
-    cost="7-17 products with the GGN for k=1",
+    cost="13-22 products with the GGN for k=1",
 )  # fmt: skip
 def ntk_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measurement:
     """The largest eigenvalues of the neural tangent kernel over N, over an axis "index"; those of the GGN for squared error.

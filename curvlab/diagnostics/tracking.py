@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,32 +11,80 @@ from ..linalg import Eigenpairs, LinearOperator, eigsh
 from ..measurement import Measurement
 from ..snapshot import Snapshot
 
-RANDOM_EVERY = 16  # measured steps between two searches with a fresh random vector
+EXPLORE_EVERY = 16  # measured steps between two searches with a random vector while nothing happens
+DISTRUST = 0.2  # relative residual of the start in the new matrix, above which a random vector joins at once
+SWELL = 1.5  # ratio of the hint's lengths, either way, above which a random vector joins at once
+TURN = 0.2  # sine of a vector's turn in one step, above which the one before is kept too: at the edge the period is 2
+GUARDS = 4  # eigenvectors at most that are followed beyond the k that were asked for
+
+
+@dataclass(frozen=True)
+class Track:
+    """What a search leaves for the next one, and when that is to explore."""
+
+    start: Tensor
+    vectors: Tensor
+    values: Tensor
+    hint: float
+    interval: int
+    wait: int
 
 
 def tracked_eigenpairs(
     at: Snapshot, name: str, A: LinearOperator | Tensor, k: int, tol: float, *, hint: Tensor | None = None
 ) -> Eigenpairs:
-    """The k top eigenpairs of A, started from those of the last measured step under the same name.
+    """The k top eigenpairs of A, started from those of the last measured steps under the same name, k and tol.
 
-    `hint` (P,) joins the start, such as the gradient, which turns to the sharpest direction when that becomes unstable.
-    Every 16th search also has a random vector, so that an eigenvalue that rises in a direction unseen is found.
+    The start grows with what the spectrum asks for. It has the last k Ritz vectors; the next one, so that the k-th place
+    may change hands between two steps, and up to four that would come level with the k-th if both moved as far as the
+    fastest eigenvalue did; and the vectors of the step before where they differ, because at the edge of stability every
+    second step is alike. An eigenvalue that rises where none of these sees it is looked for with a random vector and the
+    `hint` (P,), such as the gradient, which turns to the sharpest direction when that becomes unstable: every 16 measured
+    steps while nothing happens; at once when the residuals of the start exceed a fifth of the largest wanted eigenvalue
+    or the length of the hint has changed by a factor of 1.5; and 1, 3, 7 and 15 steps after such an alarm.
+
+    Every (name, k, tol) has a track of its own, so no number depends on who else is measured. Cost: k + 1 products a
+    step at least, one for each vector that is followed further, 6 or more to explore; memory: at most 2 k + 4 vectors.
     """
     key = ("eigenpairs", name, k, tol)
 
     def solve() -> Eigenpairs:
         carry = {} if at.carry is None else at.carry
-        last, count = carry.get(key, (None, 0))
-        start, fresh = None, 1
+        last = Track(**carry[key]) if key in carry else None
+        length = 1.0 if hint is None else float(torch.linalg.vector_norm(hint, dtype=torch.float64))
+        start, swollen, random = None, False, 0
         if last is not None:
-            start = last if hint is None else torch.cat([last, hint[:, None]], 1)
-            fresh = 1 if count % RANDOM_EVERY == 0 else 0
+            swollen = not last.hint / SWELL <= length <= last.hint * SWELL
+            random = int(swollen or last.wait <= 1)
+            start = torch.cat([last.start, hint[:, None]], 1) if random and hint is not None else last.start
         generator = at.generator(f"eigenpairs {name} {k} {tol}")
-        pairs = eigsh(A, k, tol=tol, start=start, random_columns=fresh, generator=generator)
-        carry[key] = (pairs.vectors, count + 1)
+        pairs = eigsh(
+            A, k, tol=tol, start=start, random_columns=random, distrust=DISTRUST, guards=GUARDS, generator=generator
+        )
+        if last is None:
+            interval = EXPLORE_EVERY
+        elif swollen or (pairs.explored and not random):
+            interval = 1
+        else:
+            interval = min(EXPLORE_EVERY, 2 * last.interval) if random else last.interval
+        wait = interval if last is None or pairs.explored else last.wait - 1
+        carry[key] = vars(
+            Track(_start(pairs, last), pairs.vectors, pairs.values, length, interval, wait)
+        )  # plain, to be saved
         return pairs
 
     return at.shared(key, solve)
+
+
+def _start(pairs: Eigenpairs, last: Track | None) -> Tensor:
+    """The Ritz vectors, the guards worth a column, and what the vectors of the step before add to them."""
+    if last is None:
+        return torch.cat([pairs.vectors, pairs.guards[:, :1]], 1)
+    change = float((pairs.values - last.values).abs().max())
+    near = int((pairs.guard_values > pairs.values[-1] - 2 * change).sum())
+    V = torch.cat([pairs.vectors, pairs.guards[:, : max(1, near)]], 1)
+    rest = last.vectors - V @ (V.T @ last.vectors)
+    return torch.cat([V, rest[:, torch.linalg.vector_norm(rest, dim=0) > TURN]], 1)
 
 
 def top_eigenpairs(at: Snapshot, k: int, tol: float) -> Eigenpairs:

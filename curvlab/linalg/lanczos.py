@@ -12,7 +12,8 @@ from .operator import LinearOperator
 from .probes import normal
 
 Which = Literal["LA", "SA", "LM"]
-EXPLORE = 6  # rounds from a random vector before its residual says anything: in many dimensions it starts small
+EXPLORE = 6  # rounds from a random vector before its residual says anything: in many dimensions it starts small, and
+# without them one cold search in five for k=1 and tol=1e-2 settles on the second of two close eigenvalues
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Eigenpairs:
         converged: whether every residual is at most tol times the largest |Ritz value|.
         extremes: smallest and largest Ritz value seen.
         floor: rounding error of a Ritz value, in the unit of `values`.
+        guards: (P, G) the Ritz vectors that come next, converged or not, as many as were asked for and the basis had.
+        guard_values: (G,) their Ritz values, descending in the order of `which`.
+        explored: whether a random vector joined, from the start or because the given ones were distrusted.
     """
 
     values: Tensor
@@ -37,6 +41,9 @@ class Eigenpairs:
     converged: bool
     extremes: tuple[float, float]
     floor: float
+    guards: Tensor
+    guard_values: Tensor
+    explored: bool
 
 
 def eigsh(
@@ -48,7 +55,9 @@ def eigsh(
     max_matvecs: int | None = None,
     start: Tensor | None = None,
     random_columns: int = 1,
+    distrust: float = float("inf"),
     max_basis: int | None = None,
+    guards: int = 0,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
     """The k algebraically largest (LA), smallest (SA) or largest-in-magnitude (LM) eigenpairs of A.
@@ -60,23 +69,32 @@ def eigsh(
     other. Residuals come from the products themselves, never from the recurrence.
 
     Cold starts use k random columns and so see eigenvalues of multiplicity up to k. A start vector orthogonal to the
-    answer would hide it for ever, therefore `random_columns` random ones join the given ones, and what they lead to is
-    followed until the next Ritz pair is seen to lie below the wanted ones.
+    answer would hide it for ever, therefore `random_columns` random ones join the given ones. What random vectors lead
+    to is followed for six rounds more, and until the next Ritz pairs are seen to lie below the wanted ones. A start
+    without them may be distrusted after all: where its residuals exceed `distrust`, a random vector joins; otherwise the
+    next pair is followed only while one more round might lift it above the wanted ones.
 
-    Cost: 7-17 products for k=1 and tol=1e-2 on loss Hessians when cold, a few when warm; memory 2 `max_basis`
-    vectors. Vectors, products and the small projected matrix stay on the device; each round reads a few scalars to decide
-    whether to stop.
+    Cost: 13-22 products for k=1 and tol=1e-2 on loss Hessians when cold, a few when warm. Memory: at most `max_basis`
+    vectors and as many images, twice that for a moment when the basis grows, and 3 (k + 1 + guards) vectors for Ritz
+    pairs and their residuals. Vectors, products and the small projected matrix stay on the device; each round reads a few
+    scalars to decide whether to stop.
 
     Args:
         A: symmetric, (P, P); a `LinearOperator` or a dense tensor.
         k: from 1 to P.
         tol: relative to the largest |Ritz value|; 0 asks for rounding level.
-        max_matvecs: where to give up, with ``converged=False`` and the best pairs so far. Default 300 + 20 k.
-        start: (P,) or (P, S) vectors to start from; they need not be orthonormal.
+        max_matvecs: where to give up, with ``converged=False`` and the best pairs so far; k products are the least.
+            Default 300 + 20 k.
+        start: (P,) or (P, S) vectors to start from, the best first; they need not be orthonormal. What does not fit into
+            the basis beside the random columns is left out.
+        random_columns: random start vectors beside the given ones.
+        distrust: residual of the start, relative to the largest wanted |Ritz value|, above which a random vector joins.
+        max_basis: the most vectors to hold, at least k + 2; fewer make more rounds. Default 2 k + 20.
+        guards: how many Ritz vectors beyond the k to return, for a later warm start; they cost no products.
         generator: for the random columns; a CPU generator.
 
     Raises:
-        ValueError: k outside 1..P, an unknown `which`, or a start of another length.
+        ValueError: k outside 1..P, an unknown `which`, a `max_basis` below k + 2, or a start of another length.
         FloatingPointError: a product with A is not finite.
 
     Source: Lanczos 1950; Rayleigh-Ritz with thick restart as in Wu and Simon 2000 (doi 10.1137/S0895479898334605).
@@ -92,30 +110,48 @@ def eigsh(
         raise ValueError(f"k is {k}; expected 1 to {P}, the size of the matrix")
     if which not in ("LA", "SA", "LM"):
         raise ValueError(f"which is {which!r}; expected 'LA' (largest), 'SA' (smallest) or 'LM' (largest magnitude)")
+    max_basis = 2 * k + 20 if max_basis is None else max_basis
+    if max_basis < k + 2:
+        raise ValueError(
+            f"max_basis is {max_basis}; expected at least {k + 2}, which is k + 2, or None for {2 * k + 20}"
+        )
+    max_basis = min(P, max_basis)
     max_matvecs = max(k, max_matvecs if max_matvecs is not None else 300 + 20 * k)
-    max_basis = min(P, max(max_basis or 0, 2 * k + 20))
     eps = torch.finfo(A.dtype).eps
 
-    V = _start_block(A, k, start, random_columns, generator)
+    V = _start_block(A, k, start, random_columns, min(max_basis, max_matvecs), generator)
     AV = _product(A, V)
     T = _symmetric(V.T @ AV)
-    explore, explored = start is not None and random_columns > 0, 0
+    warm = start is not None
+    explore, explored = not warm or random_columns > 0, 0
+    lead = AV[:, -1:] if warm and explore else AV[:, :0]  # image of the newest vector of the random one's Krylov space
+    reported = k + 1 + guards
     matvecs, extremes = V.shape[1], (float("inf"), float("-inf"))
     while True:
         theta, Y = torch.linalg.eigh(T)
         order = _order(theta, which)
         theta, Y = theta[order], Y[:, order].to(V.dtype)
-        X, AX = V @ Y[:, : k + 1], AV @ Y[:, : k + 1]
-        R = AX - X * theta[: k + 1].to(V.dtype)
+        X, AX = V @ Y[:, :reported], AV @ Y[:, :reported]
+        R = AX - X * theta[:reported].to(V.dtype)
         residuals = torch.linalg.vector_norm(R, dim=0, dtype=torch.float64)
         scale = theta.abs().max()
         floor = 16 * eps * scale
         wanted = torch.nonzero(residuals[:k] > torch.clamp(tol * scale, min=floor))[:, 0].tolist()
-        if explore and not wanted:
+        tolerance = max(tol * float(scale), float(floor))
+        joins = warm and not explore and float(residuals[:k].max()) > distrust * float(theta[:k].abs().max())
+        leads = joins
+        if joins:
+            explore, wanted = True, [*wanted, R.shape[1]]
+            R = torch.cat([R, normal((P, 1), R, generator=generator)], 1)
+        if not wanted:
             explored += 1
-            early = explored <= EXPLORE and V.shape[1] > k and bool(residuals[k] > floor)
-            if early or _may_rise(theta, residuals, k, which, max(tol * float(scale), float(floor))):
+            if explored <= EXPLORE and lead.shape[1]:
+                leads, wanted = True, [R.shape[1]]
+                R = torch.cat([R, lead], 1)
+            elif explore and explored <= EXPLORE and V.shape[1] > k and bool(residuals[k] > floor):
                 wanted = [k]
+            else:
+                wanted = _may_rise(theta, residuals, k, which, tolerance, explore=explore)
         extremes = (min(extremes[0], float(theta.min())), max(extremes[1], float(theta.max())))
         wanted = wanted[: max(0, max_matvecs - matvecs)]
         if not wanted or V.shape[1] == P:
@@ -123,7 +159,8 @@ def eigsh(
         if max_basis == P:
             wanted = wanted[: P - V.shape[1]]
         if V.shape[1] + len(wanted) > max_basis:
-            keep = max(k + len(wanted), max_basis // 2)
+            keep = min(max(k + 1, max_basis // 2), V.shape[1])
+            wanted = wanted[: max_basis - keep]
             V, AV, T = V @ Y[:, :keep], AV @ Y[:, :keep], torch.diag(theta[:keep])
         B = orthonormalize(R[:, wanted], V, min_norm=float(floor) / 4)
         if B.shape[1] == 0:  # the basis is invariant to rounding: nothing is left to find in it
@@ -133,13 +170,26 @@ def eigsh(
         T = torch.cat([torch.cat([T, cross], 1), torch.cat([cross.T, _symmetric(B.T @ AB)], 1)])
         V, AV = torch.cat([V, B], 1), torch.cat([AV, AB], 1)
         matvecs += B.shape[1]
+        lead = AB[:, -1:] if leads else lead
 
+    guard_vectors, guard_values = X[:, k : k + guards], theta[k : k + guards]
     descending = torch.argsort(theta[:k], descending=True)
     X = X[:, :k][:, descending]
     X = X * torch.sign(X.gather(0, X.abs().argmax(0, keepdim=True)))
     residuals = residuals[descending]
-    converged = bool((residuals <= max(tol * float(scale), float(floor))).all())
-    return Eigenpairs(theta[:k][descending], X, residuals, matvecs, converged, extremes, float(floor))
+    converged = bool((residuals <= tolerance).all())
+    return Eigenpairs(
+        values=theta[:k][descending],
+        vectors=X,
+        residuals=residuals,
+        matvecs=matvecs,
+        converged=converged,
+        extremes=extremes,
+        floor=float(floor),
+        guards=guard_vectors,
+        guard_values=guard_values,
+        explored=explore,
+    )
 
 
 def orthonormalize(B: Tensor, against: Tensor | None = None, *, min_norm: float = 0.0) -> Tensor:
@@ -171,19 +221,22 @@ def _start_block(
     k: int,
     start: Tensor | None,
     random_columns: int,
+    room: int,
     generator: torch.Generator | None,
 ) -> Tensor:
+    """An orthonormal block of k to `room` columns: the given ones and random ones, which are drawn and then cut to fit."""
     P = A.shape[0]
     like = torch.empty(0, dtype=A.dtype, device=A.device)
     given = like.reshape(P, 0) if start is None else start.detach().reshape(start.shape[0], -1)
     if given.shape[0] != P:
         raise ValueError(f"start has {given.shape[0]} rows; expected {P}, the size of the matrix")
     given = orthonormalize(given.to(like)[:, torch.isfinite(given).all(0)])
+    given = given[:, : max(k, room - random_columns)]
     random = max(random_columns if given.shape[1] else 0, k - given.shape[1])
     if random == 0:
-        return given[:, :P]
+        return given
     noise = orthonormalize(normal((P, min(random, P)), like, generator=generator), given)
-    return torch.cat([given, noise], 1)[:, :P]
+    return torch.cat([given, noise], 1)[:, :room]
 
 
 def _product(A: LinearOperator | Tensor, V: Tensor) -> Tensor:
@@ -202,13 +255,24 @@ def _symmetric(T: Tensor) -> Tensor:
     return (T + T.T) / 2
 
 
-def _may_rise(theta: Tensor, residuals: Tensor, k: int, which: Which, tolerance: float) -> bool:
-    """Whether the next Ritz pair may still overtake the wanted ones: not settled, or within its residual of them."""
-    if len(theta) <= k or float(residuals[k]) <= tolerance:
-        return False
-    last, following, residual = theta[k - 1], theta[k], residuals[k]
+def _may_rise(theta: Tensor, residuals: Tensor, k: int, which: Which, tolerance: float, *, explore: bool) -> list[int]:
+    """The first Ritz pair after the wanted ones that has not settled, if it may still overtake them.
+
+    After an exploration: while its residual r is large, or it lies within r of them. Otherwise only if the next round
+    could lift it above their tolerance: by at most r, and by r²/(θ - ρ) if its residual vector has the Rayleigh quotient ρ,
+    for which θ - ρ is taken as a quarter of the largest |Ritz value|.
+    """
+    open_pairs = torch.nonzero(residuals[k:] > tolerance)[:1, 0].tolist()
+    if not open_pairs:
+        return []
+    j = k + open_pairs[0]
+    last, following, residual, scale = theta[k - 1], theta[j], residuals[j], theta.abs().max()
     gap = {"LA": last - following, "SA": following - last, "LM": last.abs() - following.abs()}[which]
-    return bool(residual > 0.05 * theta.abs().max()) or bool(gap <= residual)
+    if explore:
+        rises = bool(residual > 0.05 * scale) or bool(gap <= residual)
+    else:
+        rises = bool(gap + tolerance <= torch.minimum(residual, 4 * residual**2 / scale))
+    return [j] if rises else []
 
 
 def _order(theta: Tensor, which: Which) -> Tensor:
