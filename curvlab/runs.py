@@ -102,6 +102,8 @@ class Run:
     def resume(cls, path: str | os.PathLike, config: dict[str, Any]) -> Run:
         """Open an existing run to write on, or make it if there is none; `config` must say what the stored one says.
 
+        The number of threads may differ; bits then do too.
+
         Raises:
             ValueError: the settings differ, or the run lacks its configuration; the message lists what differs.
         """
@@ -110,7 +112,7 @@ class Run:
             return cls.create(folder, config)
         run = cls(folder)
         stored, asked = run.config.get("training", {}), _plain(config).get("training", {})
-        odd = [key for key in {**stored, **asked} if stored.get(key) != asked.get(key)]
+        odd = [key for key in {**stored, **asked} if key != "threads" and stored.get(key) != asked.get(key)]
         if odd:
             listing = "; ".join(f"{key} was {stored.get(key)!r} and is {asked.get(key)!r}" for key in odd)
             raise ValueError(

@@ -241,7 +241,7 @@ class _Training:
         record = {
             "step": at.step,
             "lr": at.lr,
-            "threshold": None if at.lr is None else stability_threshold(at.optimizer, at.lr),
+            "threshold": stability_threshold(at.optimizer, at.lr) if at.lr else None,
             "batch_size": at.batch_size,
             "batch_loss": batch_loss,
             "matvecs": at.matvecs,

@@ -237,6 +237,7 @@ def test_ctrl_c_leaves_a_readable_run(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "curvlab", "run", "--out", str(folder), "--steps", "100000", "--n", "64", "--hidden", "8"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a background job ignores
     )  # fmt: skip
     log = folder / "measurements.jsonl"
     deadline = time.monotonic() + 60

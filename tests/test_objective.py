@@ -279,6 +279,7 @@ def test_an_objective_says_what_it_is():
     assert L.describe() == {
         "examples": 12, "parameters": 15, "model": "Linear", "loss": "cross_entropy", "mode": "eval",
         "dtype": "torch.float64", "device": "cpu", "chunk_size": 5, "memory": 10**6, "weighted": True,
+        "population_size": None,
     }  # fmt: skip
 
 

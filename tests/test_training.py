@@ -126,6 +126,7 @@ def train(
     )  # fmt: skip
     torch.manual_seed(11)
     np.random.seed(12)
+    torch.set_num_threads(1)  # bits depend on it
     for at in snapshots:
         if stop is not None and at.step == stop:
             break

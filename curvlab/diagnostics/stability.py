@@ -28,7 +28,7 @@ ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25)
     "λ_max(P^{-1/2} H P^{-1/2})",
     formula="largest eigenvalue of the preconditioned Hessian",
     kind="bound",
-    cost="7-17 products, 2-5 when tracked",
+    cost="13-22 products, 2-5 when tracked",
 )
 def preconditioned_sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     """The sharpness that Adam, AdamW or RMSprop meets; compare with `curvlab.optimizers.stability_threshold`.
@@ -185,7 +185,7 @@ def directional_sharpness(at: Snapshot, *, alphas: Sequence[float] = ALPHAS) -> 
     "cos(q_1(H_α), q_1(H))",
     formula="absolute cosine of the top eigenvectors here and along the step",
     kind="bound",
-    cost="7-17 products for each α",
+    cost="13-22 products for each α",
     needs=["lr"],
 )
 def directional_alignment(at: Snapshot, *, alphas: Sequence[float] = ALPHAS, tol: float = 1e-3) -> Measurement:
