@@ -428,12 +428,12 @@ ROWS = {
             *TARGETS,
         ),
     ),
-    "layer_hessian_trace": Row(_layer_traces, ({}, {"probes": 4}, {"probes": 2})),
+    "layer_hessian_trace": Row(_layer_traces, ({}, {"probes": 4}, {"probes": 3})),
     "fisher_trace_penalty": Row(lambda p: p.fisher / p.L.size, ({"draws": 4},)),
     "unit_jacobian_penalty": Row(lambda p: p.mean_squared_jacobian, ({"draws": 4},)),
     "sampled_gradient_norm_penalty": Row(
         lambda p: float(torch.stack([g.mean(0).square().sum() for g in p.G.split(8)]).mean()),
-        ({"draws": 4, "micro_batch_size": 8},),
+        ({"draws": 16, "micro_batch_size": 8},),
     ),
 }
 ELSEWHERE = {"hessian_density"}  # a function, in a test of its own

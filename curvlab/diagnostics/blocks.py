@@ -38,18 +38,18 @@ def layer_sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     "tr(H_l)",
     formula="trace of each layer's diagonal block of H",
     kind="sem",
-    cost="16 products for all layers, 2 in a run",
+    cost="16 products for all layers, 3 in a run",
 )
 def layer_hessian_trace(at: Snapshot, *, probes: int | None = None) -> Measurement:
     """Traces of the diagonal blocks of the Hessian, over an axis "layer"; they sum to tr(H).
 
     Hutchinson's estimator with one set of random signs for all layers: Σ_{j in l} z_j (Hz)_j, one product a probe. The
-    error is that of `quadratic_mean`, from the images of the probes.
+    error is that of `quadratic_mean`, from the images of the probes; from only 2 of them its intervals covered 88%.
 
     Raises:
         ValueError: fewer than 2 probes.
     """
-    shape = (at.objective.num_params, default_probes(at, probes))
+    shape = (at.objective.num_params, default_probes(at, probes, step=3))
     Z = rademacher(shape, at.gradient, generator=at.generator("layer_hessian_trace"))
     Y = at.hessian @ Z
     found = [quadratic_mean(Z[place], Y[place], block=True) for place in layers(at).values()]
