@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..checks import COUPLING, live_module
 from ..linalg.probes import rademacher
 from ..linalg.trace import quadratic_mean, sample_mean
 from ..measurement import Measurement, half_width
@@ -153,7 +152,7 @@ def likely_batches(
             sums of example gradients (4 products and 3 sums, shared).
     """
     n = at.objective.size
-    size = 1 if live_module(at.objective, COUPLING) else n if b == 1 else POOL
+    size = 1 if at.objective.coupled else n if b == 1 else POOL
     if b == 1 and size == n:
         index = torch.arange(n)[None, :, None].expand(count, n, 1)
     elif at.replacement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,14 +99,7 @@ def interaction_sharpness(at: Snapshot, *, batch_size: BatchSizes = None, **opti
 
     Source: Lee 2022, Definition 2; compare with 2ρ_b/lr (eq. 11).
     """
-
-    def ratio(b: int) -> Measurement:
-        sampled = sampled_moments(at, b, options.get("probes"), curvature=True)
-        if sampled:
-            return sampled.ratio(HS_B, S_B)
-        return _over(interaction_trace(at, batch_size=b, **options), second_moment(at, b))
-
-    return over_batch_sizes(at, batch_size, ratio)
+    return _interaction_over(at, batch_size, S_B, lambda b: second_moment(at, b), options)
 
 
 @diagnostic(
@@ -125,14 +119,7 @@ def instability(at: Snapshot, *, batch_size: BatchSizes = None, **options: Any) 
 
     Source: Lee 2022, Definition 1.
     """
-
-    def ratio(b: int) -> Measurement:
-        sampled = sampled_moments(at, b, options.get("probes"), curvature=True)
-        if sampled:
-            return sampled.ratio(HS_B, S_N)
-        return _over(interaction_trace(at, batch_size=b, **options), second_moment_full(at))
-
-    return over_batch_sizes(at, batch_size, ratio)
+    return _interaction_over(at, batch_size, S_N, lambda b: second_moment_full(at), options)
 
 
 @diagnostic(
@@ -201,6 +188,20 @@ def expected_loss_difference(
 def second_moment_full(at: Snapshot) -> Measurement:
     """tr(S_n) = ‖∇L‖²."""
     return Measurement(squared_norm(at), floor=2 * math.sqrt(squared_norm(at)) * at.gradient_floor)
+
+
+def _interaction_over(
+    at: Snapshot, batch_size: BatchSizes, below: int, exact: Callable[[int], Measurement], options: dict[str, Any]
+) -> Measurement:
+    """tr(H S_b) over another moment: jointly where moments are sampled, otherwise over its exact value for b."""
+
+    def ratio(b: int) -> Measurement:
+        sampled = sampled_moments(at, b, options.get("probes"), curvature=True)
+        if sampled:
+            return sampled.ratio(HS_B, below)
+        return _over(interaction_trace(at, batch_size=b, **options), exact(b))
+
+    return over_batch_sizes(at, batch_size, ratio)
 
 
 def _interaction_of_examples(
