@@ -158,7 +158,7 @@ def _snapshots(
                 evaluate(at, plan)
                 if log is not None:
                     kept.append((step, w.cpu(), numbers["time"], numbers["error"]))
-                    log.append(_record(at, numbers, time.perf_counter() - started))
+                    log.append(at.record(time.perf_counter() - started, **numbers))
             yield at
             at.release()
     finally:
@@ -170,18 +170,6 @@ def _snapshots(
                 buffers = {name: b.detach().cpu() for name, b in L.model.named_buffers()}
                 log.save("final", {"step": at.step, "params": at.w.cpu(), "buffers": buffers})
             log.close()
-
-
-def _record(at: Snapshot, numbers: dict[str, float], seconds: float) -> dict[str, Any]:
-    return {
-        "step": at.step,
-        "lr": at.lr,
-        "batch_size": at.batch_size,
-        **numbers,
-        "matvecs": at.matvecs,
-        "seconds": round(seconds, 6),
-        "measurements": {name: m.to_dict() for name, m in at.measurements.items()},
-    }
 
 
 def _points(

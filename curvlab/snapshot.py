@@ -84,6 +84,18 @@ class Snapshot:
         if self.trained is not None:
             self.trained.release()
 
+    def record(self, seconds: float, **numbers: Any) -> dict[str, Any]:
+        """What a run logs of this point: its measurements, the `seconds` that they took, and further numbers."""
+        return {
+            "step": self.step,
+            "lr": self.lr,
+            "batch_size": self.batch_size,
+            **numbers,
+            "matvecs": self.matvecs,
+            "seconds": round(seconds, 6),
+            "measurements": {name: m.to_dict() for name, m in self.measurements.items()},
+        }
+
     def generator(self, name: str) -> torch.Generator:
         """A generator of probes for the diagnostic `name` at this step."""
         return generator(self.seed, self.step, name)

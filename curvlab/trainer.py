@@ -238,16 +238,9 @@ class _Training:
         """Measure and log; the record itself where the step has something to add to it."""
         started = time.perf_counter()
         evaluate(at, self.plan)
-        record = {
-            "step": at.step,
-            "lr": at.lr,
-            "threshold": stability_threshold(at.optimizer, at.lr) if at.lr else None,
-            "batch_size": at.batch_size,
-            "batch_loss": batch_loss,
-            "matvecs": at.matvecs,
-            "seconds": round(time.perf_counter() - started, 6),
-            "measurements": {name: m.to_dict() for name, m in at.measurements.items()},
-        }
+        seconds = time.perf_counter() - started
+        threshold = stability_threshold(at.optimizer, at.lr) if at.lr else None
+        record = at.record(seconds, threshold=threshold, batch_loss=batch_loss)
         if self.keeps_trajectory:
             self.path.append((at.step, at.w.cpu()))
         if hasattr(self.optimizer, "effective_lr"):  # known when the step is taken
