@@ -24,11 +24,13 @@ class Examples:
     def __init__(self, data: Any, *, pairs: bool) -> None:
         with torch.inference_mode(False), random_states():  # reading may draw random numbers
             batches = [tree_map(_ordinary, batch) for batch in _read(data, pairs)]
+        if pairs:
+            batches = [_labelled_pair(batch) for batch in batches]
         odd = next((batch for batch in batches if pairs and not _is_pair(batch)), None)
         if odd is not None:
             raise ValueError(
-                f"a batch is a {type(odd).__name__}; expected (inputs, targets). For other batches pass "
-                "loss=batch_loss(f) with f(model, batch) -> (B,)"
+                f"a batch is a {type(odd).__name__}; expected (inputs, targets), or a mapping with 'labels'. For other "
+                "batches pass loss=batch_loss(f) with f(model, batch) -> (B,)"
             )
         if not batches:
             raise ValueError(
@@ -255,11 +257,13 @@ def _read(data: Any, pairs: bool) -> list[Any]:
         return _items(data.dataset, data.collate_fn, data.batch_size or 1)
     if isinstance(data, Dataset):
         return _items(data, default_collate, 1)
+    if hasattr(data, "features") and hasattr(data, "__getitem__"):  # of Hugging Face datasets
+        return _items(data, default_collate, 1)
     if isinstance(data, Tensor | Mapping) or (dataclasses.is_dataclass(data) and not isinstance(data, type)):
         return [data]
     if isinstance(data, Sequence):
         if pairs:
-            return [data] if len(data) == 2 and not all(_is_pair(item) for item in data) else list(data)
+            return [data] if len(data) == 2 and not all(_is_pair(_labelled_pair(item)) for item in data) else list(data)
         return [data] if isinstance(data, tuple) and all(isinstance(item, Tensor) for item in data) else list(data)
     raise TypeError(
         f"data is a {type(data).__name__}, which may not give the same batches twice; pass (inputs, targets) "
@@ -284,6 +288,14 @@ def _items(dataset: Any, collate: Callable[[list[Any]], Any], group: int) -> lis
                 "does; measure on a fixed set: pass the dataset without augmentation"
             )
     return [collate([dataset[i] for i in range(lo, min(lo + group, n))]) for lo in range(0, n, group)]
+
+
+def _labelled_pair(batch: Any) -> Any:
+    """(inputs, targets) of a mapping with "labels" (or "label"); everything else as it is."""
+    name = next((n for n in ("labels", "label") if n in batch), None) if isinstance(batch, Mapping) else None
+    if name is None:
+        return batch
+    return {key: value for key, value in batch.items() if key != name}, batch[name]
 
 
 def _is_pair(item: Any) -> bool:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from fnmatch import fnmatchcase as fnmatch
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .batches import Examples, leaves, take
-from .losses import cross_entropy, squared_error
+from .losses import Averaged, cross_entropy, squared_error
 
 if TYPE_CHECKING:
     from .objective import Objective
@@ -20,8 +22,14 @@ COUPLING: tuple[type, ...] = (nn.modules.batchnorm._BatchNorm,)
 RANDOM: tuple[type, ...] = (nn.modules.dropout._DropoutNd, nn.RReLU)
 
 
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters with `requires_grad` by name; tied ones come once.
+Which = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
+
+
+def trainable(model: nn.Module, which: Which | None = None) -> dict[str, Tensor]:
+    """The parameters with `requires_grad` by name, or those among them that `which` picks; tied ones come once.
+
+    Args:
+        which: names of parameters or modules, or patterns such as ``"blocks.*.weight"``; or a function of (name, parameter).
 
     Raises:
         ValueError: there are none, a lazy one has no shape yet, or gradients are sparse.
@@ -37,7 +45,21 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError("the model has no parameter with requires_grad=True; unfreeze what is to be measured")
-    return found
+    if which is None:
+        return found
+    aliases = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if _picked(name, p, which)]
+    held = {id(p) for _, p in aliases}
+    picked = {name: p for name, p in found.items() if id(p) in held}
+    if not picked:
+        raise ValueError(f"parameters={which!r} picks none of the trainable parameters; there are {', '.join(found)}")
+    return picked
+
+
+def _picked(name: str, p: nn.Parameter, which: Which) -> bool:
+    if callable(which):
+        return bool(which(name, p))
+    patterns = [which] if isinstance(which, str) else which
+    return any(fnmatch(name, pattern) or fnmatch(name, f"{pattern}.*") for pattern in patterns)
 
 
 def real_dtype(variables: dict[str, Tensor], asked: torch.dtype | None) -> torch.dtype:
@@ -210,12 +232,17 @@ def class_indices(L: Objective) -> None:
     Raises:
         ValueError: naming the range of indices and the number of outputs.
     """
-    if L.loss not in (squared_error, cross_entropy):
+    taken_apart = L.loss if isinstance(L.loss, Averaged) and L.loss.by_class else None
+    if L.loss not in (squared_error, cross_entropy) and taken_apart is None:
         return
     with L.measuring(), torch.no_grad():
-        classes = L.outputs(L.leaves_at(), L.first(2)).shape[-1]
+        outputs = L.outputs(L.leaves_at(), L.first(2))
+    classes = outputs.shape[1 if taken_apart and taken_apart.shift is None else -1]
     for _, targets in L.examples.batches:
-        if not targets.is_floating_point() and not bool(((targets >= 0) & (targets < classes)).all()):
+        valid = (targets >= 0) & (targets < classes)
+        if taken_apart:
+            valid |= targets == taken_apart.ignored
+        if not targets.is_floating_point() and not bool(valid.all()):
             raise ValueError(
                 f"class indices run from {int(targets.min())} to {int(targets.max())}, but the model has {classes} outputs. "
                 "Give examples to be ignored weight 0 and a valid class; for a regression on integers pass targets.float() "

@@ -24,9 +24,10 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
     """Run the body so that the model can be differentiated twice, and leave no trace.
 
     Inside: gradients are on, autocast, TF32 and inference mode are off, attention uses its math kernel (the only one
-    with a second derivative), cuDNN's recurrent kernels (which have none) are off, compiled modules run eagerly, and
-    every module is in evaluation mode. With `train_mode`, modules keep their flags if the model is in training, so
-    layers that the user froze stay frozen; otherwise all of them are put in training mode.
+    with a second derivative), cuDNN's recurrent kernels (which have none) are off, compiled modules run eagerly, a
+    `forward` that accelerate patched for mixed precision is the original one, and every module is in evaluation mode. With
+    `train_mode`, modules keep their flags if the model is in training, so layers that the user froze stay frozen;
+    otherwise all of them are put in training mode.
 
     Afterwards, also after an exception: train/eval flags, the random states of Python, numpy, torch and CUDA, and the
     backend flags are what they were. `.grad`, parameters and buffers are never written in the first place, because
@@ -38,6 +39,8 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
     flags = [(module, module.training) for module in model.modules()]
     compiled = any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) for module, _ in flags)
     recurrent = any(isinstance(module, nn.RNNBase) for module, _ in flags)
+    patched = [vars(module) for module, _ in flags if {"forward", "_original_forward"} <= vars(module).keys()]
+    casting = [state["forward"] for state in patched]  # accelerate's mixed precision
     _active.append((model, train_mode))
     try:
         with contextlib.ExitStack() as stack:
@@ -52,9 +55,13 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
             if not (train_mode and model.training):
                 for module, _ in flags:  # not model.train(), which some models override to do more
                     module.training = train_mode
+            for state in patched:
+                state["forward"] = state["_original_forward"]
             yield
     finally:
         _active.pop()
+        for state, forward in zip(patched, casting, strict=True):
+            state["forward"] = forward
         for module, training in flags:
             module.training = training
 

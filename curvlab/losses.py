@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -59,11 +61,103 @@ def binary_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     return losses.reshape(len(losses), -1).sum(1)
 
 
-LOSSES: dict[str, Loss] = {
+class Averaged(nn.Module):
+    """A torch loss module that averages, taken apart: the loss of each example, and what the example weighs.
+
+    With weights w_i from `weights`, Σ w_i ℓ_i / Σ w_i is the module's own value on any data, however they are split:
+    `CrossEntropyLoss` and `NLLLoss` with class weights, ignored targets, label smoothing and further dimensions weigh an
+    example by the class weights of its targets that are not ignored; other modules average over all elements, or over the
+    batch alone ("batchmean").
+
+    Args:
+        criterion: a module of torch.nn with reduction "mean" or "batchmean".
+        shift: so many positions of the outputs, (B, T, C), are compared with later targets; None for outputs that have
+            the classes in their second dimension, as the module itself expects.
+
+    Raises:
+        ValueError: outputs and targets of shapes that would be broadcast.
+    """
+
+    def __init__(self, criterion: Any, shift: int | None = None) -> None:
+        super().__init__()
+        self.criterion = copy.copy(criterion)
+        self.criterion.reduction = "none"
+        self.batch_mean = criterion.reduction == "batchmean"
+        self.by_class = isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss)
+        self.shift = shift
+        self.__name__ = type(criterion).__name__ if shift is None else "next_token" if shift else "token"
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """ℓ_i, (B,); 0 for an example of weight 0."""
+        if self.shift is not None:
+            if outputs.ndim != 3 or targets.shape != outputs.shape[:2]:
+                raise ValueError(
+                    f"{self.__name__} got outputs of shape {tuple(outputs.shape)} and targets of shape "
+                    f"{tuple(targets.shape)}; expected (B, T, V) and (B, T)"
+                )
+            outputs, targets = outputs[:, : outputs.shape[1] - self.shift].mT, targets[:, self.shift :]
+        elif not self.by_class and outputs.shape != targets.shape:
+            raise ValueError(
+                f"{self.__name__} got outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}; "
+                "expected equal shapes, which torch would broadcast to another loss"
+            )
+        own = {name: buffer.to(outputs) for name, buffer in self.criterion.named_buffers()}  # class weights
+        found = torch.func.functional_call(self.criterion, own, (outputs, targets))
+        found = found.reshape(len(found), -1)
+        if self.by_class and not targets.is_floating_point():
+            weights = self._of_targets(targets)
+            return found.sum(1) / torch.where(weights > 0, weights, 1.0).to(found)
+        return found.sum(1) if self.batch_mean else found.mean(1)
+
+    def weights(self, batch: Any) -> Tensor | None:
+        """(B,) what the examples of a batch (inputs, targets) weigh; None if all weigh the same."""
+        if not self.by_class or batch[1].is_floating_point():
+            return None
+        return self._of_targets(batch[1][:, self.shift :] if self.shift and batch[1].ndim == 2 else batch[1])
+
+    def _of_targets(self, targets: Tensor) -> Tensor:
+        kept = targets != self.criterion.ignore_index
+        weight = self.criterion.weight
+        each = kept if weight is None else kept * weight.to(targets.device)[torch.where(kept, targets, 0)]
+        return each.reshape(len(targets), -1).sum(1)
+
+    def unweighted(self, targets: Tensor) -> bool:
+        """Whether this is plain `cross_entropy` for such targets: a class each, none of them ignored."""
+        simple = (
+            isinstance(self.criterion, nn.CrossEntropyLoss) and self.shift is None and self.criterion.weight is None
+        )
+        if not simple or self.criterion.label_smoothing:
+            return False
+        return targets.ndim == (2 if targets.is_floating_point() else 1) and bool((targets != self.ignored).all())
+
+    @property
+    def ignored(self) -> int:
+        """The class index that stands for no target."""
+        return getattr(self.criterion, "ignore_index", -100)
+
+
+# Of sequences, for logits (B, T, V) and targets (B, T), -100 ignored: a sequence weighs as many tokens as count in it, so
+# that the mean is that over all tokens. For `next_token` the targets are the inputs, as language models have it.
+token, next_token = Averaged(nn.CrossEntropyLoss(), shift=0), Averaged(nn.CrossEntropyLoss(), shift=1)
+
+LIKELIHOODS: dict[str, Loss] = {  # whose model of the targets is known
     "cross_entropy": cross_entropy,
     "squared_error": squared_error,
     "binary_cross_entropy": binary_cross_entropy,
 }
+LOSSES: dict[str, Loss] = LIKELIHOODS | {"token": token, "next_token": next_token}
+
+
+def logits(outputs: Any) -> Any:
+    """The tensor that a named loss reads: the outputs themselves, their `logits`, or the first tensor of a tuple."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), Tensor):
+        return outputs["logits"]
+    if isinstance(getattr(outputs, "logits", None), Tensor):
+        return outputs.logits
+    listed = outputs if isinstance(outputs, list | tuple) else ()
+    return next((item for item in listed if isinstance(item, Tensor)), outputs)
 
 
 def fisher_root(loss: Any, outputs: Tensor, xi: Tensor) -> Tensor | None:
@@ -90,25 +184,44 @@ class BatchLoss:
     """A loss of a whole batch; made by `batch_loss`."""
 
     function: Callable[[Any, Any], Tensor]
+    weights: Callable[[Any], Tensor | None] = lambda batch: None
 
 
-def batch_loss(function: Callable[[Any, Any], Tensor]) -> BatchLoss:
+def batch_loss(
+    function: Callable[[Any, Any], Tensor], *, weights: Callable[[Any], Tensor | None] = lambda batch: None
+) -> BatchLoss:
     """Mark `function`, (model, batch) -> (B,), as a loss that calls the model itself.
 
     For dict batches, Hugging Face outputs, contrastive terms per example, or any other pytree.
+
+    Args:
+        weights: batch -> (B,), what the examples weigh in the mean, such as their numbers of unmasked tokens; default all
+            the same.
 
     Example:
         >>> import torch
         >>> loss = batch_loss(lambda model, batch: (model(batch["x"]) - batch["y"]).square().sum(1))
     """
-    return BatchLoss(function)
+    return BatchLoss(function, weights)
+
+
+FUNCTIONS: dict[Any, type[nn.Module]] = {  # which average, and so say nothing of one example
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.nll_loss: nn.NLLLoss,
+    F.mse_loss: nn.MSELoss,
+    F.l1_loss: nn.L1Loss,
+    F.smooth_l1_loss: nn.SmoothL1Loss,
+    F.huber_loss: nn.HuberLoss,
+    F.binary_cross_entropy: nn.BCELoss,
+    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+}
 
 
 def resolve(loss: str | Loss | BatchLoss) -> Loss | BatchLoss:
-    """The function behind a name; a callable stays what it is.
+    """The function behind a name; a torch loss that averages is taken apart; another callable stays what it is.
 
     Raises:
-        ValueError: an unknown name, or a torch loss module that averages over the batch.
+        ValueError: an unknown name, or a loss whose reduction is not known to be a mean.
     """
     if isinstance(loss, str):
         if loss not in LOSSES:
@@ -116,14 +229,23 @@ def resolve(loss: str | Loss | BatchLoss) -> Loss | BatchLoss:
                 f"loss is {loss!r}; expected one of {sorted(LOSSES)}, or a function (outputs, targets) -> (B,)"
             )
         return LOSSES[loss]
+    if inspect.isfunction(loss) and loss in FUNCTIONS:
+        loss = FUNCTIONS[loss]()
     reduction = getattr(loss, "reduction", "none")
-    if reduction != "none":
-        name = type(loss).__name__
-        raise ValueError(
-            f"{name} has reduction={reduction!r}, one number for the batch; curvlab does the averaging and "
-            f"needs one number per example: pass {name}(reduction='none'), summed over outputs if need be"
-        )
-    return loss
+    if reduction == "none" or isinstance(loss, Averaged):
+        return loss
+    if reduction in ("mean", "batchmean") and isinstance(loss, nn.modules.loss._Loss):
+        return Averaged(loss)
+    name = type(loss).__name__
+    raise ValueError(
+        f"{name} has reduction={reduction!r}, one number for the batch; curvlab does the averaging and needs one number per "
+        f"example: pass {name}(reduction='none'), summed over outputs if need be"
+    )
+
+
+def reads_logits(loss: Any) -> bool:
+    """Whether a loss is one of ours, for which `logits` picks what it reads from the model's outputs."""
+    return isinstance(loss, Averaged) or loss in LOSSES.values()
 
 
 def correct(outputs: Tensor, targets: Tensor) -> Tensor | None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from . import checks
 from .batches import Examples, batch_size, leaves, take, tree_map
 from .guard import measuring
-from .losses import BatchLoss, Loss, correct, resolve
+from .losses import Averaged, BatchLoss, Loss, correct, cross_entropy, logits, reads_logits, resolve
+from .unwrap import unwrap
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,18 @@ class Objective:
     takes any other point as a flat vector.
 
     Args:
-        model: any `nn.Module`. Parameters with ``requires_grad`` are the variables; tied weights count once, frozen
-            ones and buffers are constants, read at each evaluation.
-        loss: ``(outputs, targets) -> (B,)``, one number per example; or ``"cross_entropy"``, or ``"squared_error"``
-            (0.5 times the sum over outputs); or ``batch_loss(f)`` with ``f(model, batch) -> (B,)``.
+        model: any `nn.Module`; what DistributedDataParallel, `torch.compile`, Fabric or accelerate wrapped is unwrapped.
+            Parameters with ``requires_grad`` are the variables; tied weights count once, frozen ones and buffers are
+            constants, read at each evaluation.
+        loss: ``(outputs, targets) -> (B,)``, one number per example; or ``"cross_entropy"``, ``"binary_cross_entropy"``,
+            ``"squared_error"`` (0.5 times the sum over outputs), ``"token"`` or ``"next_token"`` (the mean over all tokens
+            of sequences, -100 ignored); or a torch loss that averages, such as `nn.CrossEntropyLoss(weight=...)`, which is
+            taken apart into examples and their weights; or ``batch_loss(f)`` with ``f(model, batch) -> (B,)``.
         data: ``(inputs, targets)`` tensors, a map-style `Dataset`, a `DataLoader` over one (read in the order of the
             dataset, without its sampler), or a sequence of batches; any pytree with `batch_loss`. Kept in memory.
-            Inputs that are a tuple or a mapping are passed to the model as ``*inputs`` or ``**inputs``.
+            Inputs that are a tuple or a mapping are passed to the model as ``*inputs`` or ``**inputs``; a mapping with
+            "labels", as Hugging Face has them, is split into inputs and targets. Of outputs that are no tensor, a named
+            loss reads the `logits`, or the first tensor.
         mode: ``"eval"``, or ``"train"``: dropout masks are then fixed by seed and chunk, and BatchNorm is accepted only
             if all data is a single batch, because its loss is no mean over examples.
         device: where to measure; default: where the model is.
@@ -53,10 +59,14 @@ class Objective:
         chunk_size: examples evaluated at once; default: what fits in `memory`.
         memory: bytes, or text such as ``"2GiB"``, for kept graphs and captured activations; default an eighth of the
             machine's memory, or a quarter of the GPU's.
-        weights: (N,) non-negative weights of the examples; s_i = weight_i / mean weight, otherwise s_i = 1.
+        weights: non-negative weights of the examples, (N,), or a function batch -> (B,); s_i = weight_i / mean weight,
+            which is the same however the data are split. Default those of the loss; without any s_i = 1.
         population_size: how many examples training has, where `data` is a random sample of them. tr(S_b), tr(H S_b), their
             ratios, Γ, the noise scale and the sharpness are then estimated for all of them, with the error of sampling;
             everything else is of `data`.
+        parameters: the variables, where they are not all that `requires_grad`: names of parameters or modules, or patterns,
+            such as ``"head"`` or ``["blocks.*.weight", "norm"]``; or a function (name, parameter) -> bool, such as
+            ``lambda name, p: "embed" not in name``. H is then that block of the Hessian.
 
     Raises:
         ValueError, TypeError: what would give a silently wrong number: nothing to train, mixed or half-precision or
@@ -82,19 +92,20 @@ class Objective:
         dtype: torch.dtype | None = None,
         chunk_size: int | None = None,
         memory: int | str | None = None,
-        weights: Tensor | None = None,
+        weights: Tensor | Callable[[Any], Tensor] | None = None,
         population_size: int | None = None,
+        parameters: checks.Which | None = None,
     ) -> None:
         if mode not in ("eval", "train"):
             raise ValueError(f"mode is {mode!r}; expected 'eval' or 'train'")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}; expected at least 1 example")
-        self.model = getattr(model, "_orig_mod", model)  # a compiled module's original
+        self.model = unwrap(model)
         self.loss = resolve(loss)
         self.mode = mode
-        self._call = _Evaluation(self.model, self.loss)
         self._held: dict[str, Tensor] | None = None
-        self._variables = checks.trainable(self.model)
+        self._variables = checks.trainable(self.model, parameters)
+        self.subset = len(self._variables) < len(checks.trainable(self.model))
         first = next(iter(self._variables.values()))
         self.device = torch.empty(0, device=device or first.device).device
         self.dtype = checks.real_dtype(self._variables, dtype)
@@ -104,11 +115,17 @@ class Objective:
         self.memory = checks.memory_bytes(memory, self.device)
         self.examples = Examples(data, pairs=not isinstance(self.loss, BatchLoss))
         self.size = self.examples.size
+        if isinstance(self.loss, Averaged) and all(self.loss.unweighted(y) for _, y in self.examples.batches):
+            self.loss = cross_entropy
+        self._call = _Evaluation(self.model, self.loss)
         checks.finite_data(self.examples)
         with torch.inference_mode(False):
             if self.examples.nbytes() <= self.memory / 4:
                 self.examples.map(self._place)
-            self.weights = self._scaled(weights)
+            self._weigh: Callable[[Any], Tensor | None] | None = weights if callable(weights) else None
+            if weights is None and isinstance(self.loss, Averaged | BatchLoss):
+                self._weigh = self.loss.weights
+            self.mean_weight, self.weights = self._scaled(weights)
         self.population_size = checks.population(population_size, self.size, self.weights is not None)
         self.given_chunk_size = chunk_size
         checks.deterministic_mean(self)
@@ -236,17 +253,21 @@ class Objective:
             for piece, part in self.examples.chunks(size or self.size):
                 out.append(Chunk(piece, part, None if self.weights is None else self.weights[piece], len(out)))
             return out
+        foreign = False
         if isinstance(batch, Tensor) and batch.ndim == 1 and batch.dtype == torch.int64:
             selected = self.examples.select(batch)
-        elif self.weights is not None:
+        elif self.weights is not None and self._weigh is None:
             raise ValueError(
                 "the examples are weighted and the weights of a foreign batch are unknown; pass the indices "
                 "of its examples, a 1-D int64 tensor"
             )
         else:
-            selected = [(torch.arange(batch_size(batch)), batch)]
+            selected, foreign = [(torch.arange(batch_size(batch)), batch)], True
         for index, whole in selected:
-            s = None if self.weights is None else self.weights[index.to(self.device)]
+            if foreign:
+                s = None if self._weigh is None else self._normalized(self._weigh(whole))
+            else:
+                s = None if self.weights is None else self.weights[index.to(self.device)]
             step = size or len(index)
             for lo in range(0, len(index), step):
                 piece = slice(lo, min(lo + step, len(index)))
@@ -287,6 +308,7 @@ class Objective:
         return {
             "examples": self.size,
             "parameters": self.num_params,
+            "subset": self.names if self.subset else None,
             "model": type(self.model).__name__,
             "loss": loss,
             "mode": self.mode,
@@ -434,9 +456,13 @@ class Objective:
         piece, batch = self.examples.first(count)
         return Chunk(piece, tree_map(self._place, batch), None if self.weights is None else self.weights[piece], 0)
 
-    def _scaled(self, weights: Tensor | None) -> Tensor | None:
+    def _scaled(self, weights: Tensor | Callable[[Any], Tensor] | None) -> tuple[float, Tensor | None]:
+        """The mean weight, and the weights of the examples over it; None where all are the same."""
+        if self._weigh is not None:
+            parts = [part for batch in self.examples.batches if (part := self._weigh(batch)) is not None]
+            weights = torch.cat(parts) if parts else None
         if weights is None:
-            return None
+            return 1.0, None
         weights = torch.as_tensor(weights).detach().clone().to(self.device, torch.float64)
         valid = weights.shape == (self.size,) and bool((weights >= 0).all()) and bool(torch.isfinite(weights).all())
         if not valid or not float(weights.sum()) > 0:
@@ -444,7 +470,15 @@ class Objective:
                 f"weights have shape {tuple(weights.shape)}; expected ({self.size},) finite non-negative "
                 "numbers, one per example, not all zero"
             )
-        return (weights / weights.mean()).to(self.dtype)
+        self.mean_weight = float(weights.mean())
+        return self.mean_weight, self._normalized(weights)
+
+    def _normalized(self, weights: Tensor | None) -> Tensor | None:
+        """Weights over the mean weight of the data; None where that is 1 for all."""
+        if weights is None:
+            return None
+        s = weights.to(self.device, torch.float64) / self.mean_weight
+        return None if bool((s == 1).all()) else s.to(self.dtype)
 
 
 class _Evaluation(nn.Module):
@@ -455,6 +489,7 @@ class _Evaluation(nn.Module):
         self.model = model
         self.loss: Any = loss.function if isinstance(loss, BatchLoss) else loss
         self.whole = isinstance(loss, BatchLoss)
+        self.reads_logits = reads_logits(loss)
 
     def forward(self, batch: Any, outputs_only: bool = False) -> Any:
         if self.whole:
@@ -464,4 +499,6 @@ class _Evaluation(nn.Module):
             outputs = self.model(**inputs)
         else:
             outputs = self.model(*inputs) if isinstance(inputs, list | tuple) else self.model(inputs)
+        if self.reads_logits:
+            outputs = logits(outputs)
         return outputs if outputs_only else self.loss(outputs, targets)

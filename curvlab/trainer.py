@@ -348,6 +348,11 @@ def _same_parameters(L: Objective, optimizer: torch.optim.Optimizer, batches: It
             "the optimizer holds none of the trainable parameters of the objective's model; make it from "
             "L.model.parameters()"
         )
+    if L.subset:
+        raise ValueError(
+            f"the objective has a subset of the model's parameters ({', '.join(L.names[:3])}, ...), and all would be trained; "
+            "train an objective of all of them and measure the subset with Monitor, or freeze the others by requires_grad"
+        )
     if isinstance(batches, Batches) and batches.n != L.size:
         raise ValueError(
             f"the batches index {batches.n} examples, but the objective has {L.size}: pass Batches(L.size, ...)"

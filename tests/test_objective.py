@@ -275,11 +275,11 @@ def test_compiled_models_are_measured_eagerly(kind):
 
 
 def test_an_objective_says_what_it_is():
-    L = objective(weights=torch.ones(12), chunk_size=5, memory="1MB")
+    L = objective(weights=1 + torch.arange(12), chunk_size=5, memory="1MB")
     assert L.describe() == {
         "examples": 12, "parameters": 15, "model": "Linear", "loss": "cross_entropy", "mode": "eval",
         "dtype": "torch.float64", "device": "cpu", "chunk_size": 5, "memory": 10**6, "weighted": True,
-        "population_size": None,
+        "population_size": None, "subset": None,
     }  # fmt: skip
 
 
@@ -712,7 +712,7 @@ REFUSALS = {
     "foreign_batch_of_weighted": (
         ValueError,
         "weights of a foreign batch are unknown",
-        lambda: objective(weights=torch.ones(12)).value(batch=(X, Y)),
+        lambda: objective(weights=1 + torch.arange(12)).value(batch=(X, Y)),
     ),
     "no_folder_to_resume": (
         ValueError,
@@ -740,10 +740,35 @@ REFUSALS = {
         "at least 3 groups of examples, got 2",
         lambda: cl.measure(objective(population_size=50), [("gradient_concentration", {"samples": 2})], batch_size=2),
     ),
+    "broadcast_targets": (
+        ValueError,
+        r"MSELoss got outputs of shape \(8, 3\) and targets of shape \(8, 1\); expected equal shapes",
+        lambda: objective(loss=nn.MSELoss(), data=(X, X[:, :1])),
+    ),
+    "tokens_without_positions": (
+        ValueError,
+        r"next_token got outputs of shape \(8, 3\) and targets of shape \(8,\); expected \(B, T, V\) and \(B, T\)",
+        lambda: objective(loss="next_token"),
+    ),
+    "no_such_parameters": (
+        ValueError,
+        "parameters='heads' picks none of the trainable parameters; there are weight, bias",
+        lambda: objective(parameters="heads"),
+    ),
+    "train_with_a_subset": (
+        ValueError,
+        "has a subset of the model's parameters.*measure the subset with Monitor",
+        lambda: cl.train(L := objective(parameters="bias"), torch.optim.SGD(L.variables(), lr=0.1), []),
+    ),
+    "sharded": (
+        ValueError,
+        "FullyShardedDataParallel, which has parts of the parameters on each rank",
+        lambda: objective(type("FullyShardedDataParallel", (nn.Module,), {})()),
+    ),
     "reduced_function": (
         ValueError,
         r"the loss returned shape \(\) for a batch of 8; expected \(8,\)",
-        lambda: objective(loss=F.cross_entropy),
+        lambda: objective(loss=lambda z, y: F.cross_entropy(z, y)),
     ),
     "loss_per_output": (
         ValueError,
@@ -914,13 +939,13 @@ REFUSALS = {
     ),
     "unknown_loss": (
         ValueError,
-        r"loss is 'mse'; expected one of \[.*'cross_entropy', 'squared_error'",
+        r"loss is 'mse'; expected one of \[.*'cross_entropy', 'next_token', 'squared_error'",
         lambda: objective(loss="mse"),
     ),
     "reduced_module": (
         ValueError,
-        r"CrossEntropyLoss has reduction='mean'.*pass CrossEntropyLoss\(reduction='none'\)",
-        lambda: objective(loss=nn.CrossEntropyLoss()),
+        r"CrossEntropyLoss has reduction='sum'.*pass CrossEntropyLoss\(reduction='none'\)",
+        lambda: objective(loss=nn.CrossEntropyLoss(reduction="sum")),
     ),
     "sequence_outputs": (
         ValueError,
@@ -929,7 +954,7 @@ REFUSALS = {
     ),
     "tuple_outputs": (
         ValueError,
-        "cross_entropy got model outputs of a tuple",
+        r"cross_entropy got model outputs of shape \(8, 2, 3\)",
         lambda: objective(Recurrent(nn.GRU).double().recurrent, data=(X.view(12, 2, 2), Y)),
     ),
     "sequence_classes": (
@@ -1191,7 +1216,7 @@ def test_refusal(name):
 
 
 OWN_TESTS = {"linalg", "claims", "problems", "measurement", "runs", "plots", "report", "cli", "__init__", "__main__"}
-OWN_TESTS |= {"methods", "flow", "trained", "sweep"}
+OWN_TESTS |= {"methods", "flow", "trained", "sweep", "monitor", "schedule", "optional", "integrations", "compat", "tables"}
 
 
 def test_every_raise_has_a_refusal():

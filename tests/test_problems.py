@@ -22,6 +22,7 @@ from torch import nn
 
 import curvlab as cl
 from curvlab import problems
+from curvlab.losses import token
 from curvlab.per_example import ExampleGradients
 from curvlab.problems import (
     DATA,
@@ -38,7 +39,6 @@ from curvlab.problems import (
     markov_chain,
     mlp,
     models,
-    next_token_loss,
     quadratic,
     sparse_regression,
     synthetic_images,
@@ -392,7 +392,7 @@ SMALL = {  # name: (data of a few examples, loss)
     "mlp": (lambda: digits(5, dtype=torch.float64), "squared_error"),
     "cnn": (lambda: digits(5, dtype=torch.float64), "squared_error"),
     "linear": (lambda: linear_regression(5, 4, dtype=torch.float64), "squared_error"),
-    "gpt": (lambda: markov_chain(4, length=6), next_token_loss),
+    "gpt": (lambda: markov_chain(4, length=6), "token"),
     "diagonal_linear": (lambda: sparse_regression(5, dtype=torch.float64), "squared_error"),
 }
 IMAGES = (lambda: synthetic_images(4, shape=(3, 8, 8), dtype=torch.float64), "cross_entropy")
@@ -579,11 +579,11 @@ def test_attention_is_that_of_torch():
     torch.testing.assert_close(attention(x), attention.out(reference))
 
 
-def test_next_token_loss_is_the_mean_over_tokens():
+def test_token_loss_is_the_mean_over_tokens():
     logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     targets = torch.tensor([[0, 1, 2], [3, 3, 0]])
     expected = [-sum(logits[i, t].log_softmax(0)[targets[i, t]] for t in range(3)) / 3 for i in range(2)]
-    torch.testing.assert_close(next_token_loss(logits, targets), torch.stack(expected))
+    torch.testing.assert_close(token(logits, targets), torch.stack(expected))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ class PlainDescent:
         self.examples = training.get("objective", {}).get("examples")
         self.replacement = bool(training.get("replacement"))
         self.trained_loss = training.get("trained_loss")
+        self.subset = training.get("objective", {}).get("subset")
         self.lrs = np.unique(run.column("lr")[1])
 
     @property
@@ -57,6 +58,8 @@ class PlainDescent:
             )
         if self.trained_loss:
             return f"training uses another loss than is measured: {self.trained_loss}"
+        if self.subset:
+            return f"a subset of the parameters is measured ({', '.join(self.subset[:3])}, ...), and all are trained"
         if not isinstance(self.batch_size, int):
             return "the batch size of training is not known; pass batch_size to train()"
         return None

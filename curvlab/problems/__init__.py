@@ -14,7 +14,7 @@ _NAMES = {
         "plain", "residual", "wide_resnet",
         "cnn6", "resnet9", "resnet18", "vgg11", "vgg16_bn", "wrn_10_1", "wrn_16_4", "wrn_28_2",
     ),
-    "transformer": ("gpt", "next_token_loss"),
+    "transformer": ("gpt",),
     "toy": ("diagonal_linear", "quadratic"),
     "registry": ("MODELS", "DATA", "PARAMETERS", "model", "load", "canonical"),
     "presets": ("Experiment", "PRESETS", "vary"),

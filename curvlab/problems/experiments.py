@@ -21,7 +21,6 @@ from .data import Examples
 from .presets import Experiment, from_config, parse_options, parse_penalties
 from .registry import DATA, canonical, load
 from .registry import model as make_model
-from .transformer import next_token_loss
 
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -77,7 +76,7 @@ def make_problem(experiment: Experiment) -> Problem:
             f"validation is {experiment.validation} of {len(x)} training examples; expected 0 to {len(x) - 1}"
         )
     model = _model(experiment, x, y, test_set[1]).to(experiment.device)
-    loss: Any = next_token_loss if experiment.loss == "next_token" else experiment.loss
+    loss = experiment.loss
     held = Objective(model, loss, (x[kept:], y[kept:])) if experiment.validation else None
     return Problem(Objective(model, loss, (x[:kept], y[:kept])), Objective(model, loss, test_set), held)
 

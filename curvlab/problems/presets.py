@@ -44,8 +44,8 @@ class Experiment:
     """Widths of the hidden layers (mlp), or channels of the convolutions (cnn)."""
     activation: str = "tanh"
     """Activation (mlp): tanh, relu, gelu, elu or silu."""
-    loss: Literal["squared_error", "cross_entropy", "next_token"] = "squared_error"
-    """squared_error is 0.5 times the sum over outputs; next_token is for sequences (gpt)."""
+    loss: Literal["squared_error", "cross_entropy", "token"] = "squared_error"
+    """squared_error is 0.5 times the sum over outputs; token is for sequences (gpt)."""
     lr: float = 0.2
     """Learning rate."""
     schedule: Literal["constant", "cosine", "halving"] = "constant"

@@ -92,7 +92,7 @@ def markov_chain(
     """Sequences of a Markov chain for next-token prediction, ((x_train, y_train), (x_test, y_test)), y one step ahead.
 
     The rows of the transition matrix are Dirichlet with concentration 0.3, so a few followers of each token carry most
-    of the weight; the first token is uniform. `next_token_loss` goes with it; no model can expect less than the chain's
+    of the weight; the first token is uniform. The loss "token" goes with it; no model can expect less than the chain's
     entropy rate, nor does one need more than a table of pairs to reach it.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .initialization import Size, check_widths, choose, seeded
@@ -48,14 +47,6 @@ def gpt(
     with seeded(seed):
         model = GPT(num_classes, shape[0], layers, width, heads)
     return model.to(dtype)
-
-
-def next_token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the tokens of a sequence of -log p(target), (B,), for logits (B, T, V) and targets (B, T).
-
-    Sequences of equal length count equally: the mean over sequences is then the mean over tokens.
-    """
-    return F.cross_entropy(outputs.mT, targets, reduction="none").mean(1)
 
 
 class GPT(nn.Module):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..losses import LOSSES, BatchLoss
+from ..losses import LIKELIHOODS, BatchLoss
 from ..objective import Objective
 from .evaluation import evaluate
 from .micro_batch import MicroBatches
@@ -196,8 +196,9 @@ def refusal(L: Objective, entry: Regularizer) -> str | None:
             f"{entry.name} needs the outputs of the model, and a batch_loss calls the model itself; pass loss as a function "
             "(outputs, targets) -> (B,)"
         )
-    if entry.needs == "likelihood" and L.loss not in LOSSES.values():
-        return f"{entry.name} needs the likelihood behind the loss; it is known for loss={', '.join(map(repr, LOSSES))}"
+    if entry.needs == "likelihood" and L.loss not in LIKELIHOODS.values():
+        known = ", ".join(map(repr, LIKELIHOODS))
+        return f"{entry.name} needs the likelihood behind the loss; it is known for loss={known}"
     return None
 
 
