@@ -29,6 +29,7 @@ _HOME = {
     "measure": "point",
     "train": "trainer",
     "gradient_flow": "flow",
+    "Monitor": "monitor",
     "Run": "runs",
 }
 _MODULES = (
@@ -39,7 +40,7 @@ __all__ = [
     "Objective", "batch_loss", "Batches", "Measurement", "Snapshot",
     "LinearOperator", "Eigenpairs", "eigsh", "trace", "spectral_density", "dense",
     "hessian", "ggn", "fisher", "gradient_second_moment", "gradient_covariance",
-    "diagnostic", "measure", "train", "gradient_flow", "Run",
+    "diagnostic", "measure", "train", "gradient_flow", "Monitor", "Run",
     "claims", "diagnostics", "landscape", "linalg", "methods", "operators", "plots", "problems", "regularizers",
     "sweep",
 ]  # fmt: skip

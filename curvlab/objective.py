@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -278,6 +279,16 @@ class Objective:
     def live_losses(self, batch: Any) -> Tensor:
         """ℓ_i of a batch, (B,), on the live model in its own mode: for training, with gradients in its parameters."""
         return self._call(batch)
+
+    def restricted(self, index: Tensor) -> Objective:
+        """The same objective of some of the examples, which keep their weights."""
+        other = copy.copy(self)
+        parts = [batch for _, batch in self.examples.select(index)]
+        other.examples = Examples(parts, pairs=not isinstance(self.loss, BatchLoss))
+        other.size = len(index)
+        other.weights = None if self.weights is None else self.weights[index.to(self.device)]
+        other.__dict__.pop("chunk_size", None)
+        return other
 
     @property
     def names(self) -> list[str]:

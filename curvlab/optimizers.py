@@ -77,11 +77,18 @@ def stability_threshold(settings: dict[str, Any], lr: float) -> float | None:
     return None
 
 
-def preconditioner(optimizer: torch.optim.Optimizer, L: Objective) -> Tensor | None:
+def flat_gradient(L: Objective) -> Tensor:
+    """(P,) the gradient in the live model's `.grad`, zero where there is none."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in L.variables()]
+    return L.join([g.detach().to(L.device, L.dtype) for g in grads])
+
+
+def preconditioner(optimizer: torch.optim.Optimizer, L: Objective, *, coming: bool = True) -> Tensor | None:
     """(P,) diagonal of the matrix that the next step divides the gradient by; None for optimizers without one.
 
     From the second moments *after* the gradient in `.grad` has entered them, with bias correction and ε as torch applies
-    them: Adam and AdamW √(v_{t+1}/(1 - β₂^{t+1})) + ε, RMSprop √v_{t+1} + ε.
+    them: Adam and AdamW √(v_{t+1}/(1 - β₂^{t+1})) + ε, RMSprop √v_{t+1} + ε. Where the gradient of the coming step is not
+    known (``coming=False``), that of the last step; None before the first.
 
     Source: Cohen et al. 2022 (arXiv 2207.14484), sec. 2.
     """
@@ -92,17 +99,19 @@ def preconditioner(optimizer: torch.optim.Optimizer, L: Objective) -> Tensor | N
     parts = []
     for p in L.variables():
         group, state = groups.get(id(p)), optimizer.state.get(p, {})
-        if group is None or group.get("amsgrad") or group.get("centered"):
+        if group is None or group.get("amsgrad") or group.get("centered") or not (coming or state):
             return None
         g = torch.zeros_like(p) if p.grad is None else p.grad.detach()
         if group.get("weight_decay") and name != "AdamW":
             g = g + group["weight_decay"] * p.detach()
         if name == "RMSprop":
             alpha = group["alpha"]
-            v = alpha * state.get("square_avg", torch.zeros_like(p)) + (1 - alpha) * g.square()
+            v = state.get("square_avg", torch.zeros_like(p))
+            v = alpha * v + (1 - alpha) * g.square() if coming else v
             parts.append(v.sqrt() + group["eps"])
         else:
-            beta, t = group["betas"][1], int(state.get("step", 0)) + 1
-            v = beta * state.get("exp_avg_sq", torch.zeros_like(p)) + (1 - beta) * g.square()
+            beta, t = group["betas"][1], int(state.get("step", 0)) + coming
+            v = state.get("exp_avg_sq", torch.zeros_like(p))
+            v = beta * v + (1 - beta) * g.square() if coming else v
             parts.append((v / (1 - beta**t)).sqrt() + group["eps"])
     return L.join([part.to(L.device, L.dtype) for part in parts])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -41,9 +42,12 @@ class Snapshot:
         preconditioner: (P,) what the step is about to divide the gradient by, entry by entry, for adaptive optimizers.
         test: objective over held-out data.
         trained: the same point of the objective that is trained, with penalties and weight decay.
+        search: whether eigenpairs are searched for; False for the Rayleigh quotients of the vectors that earlier snapshots
+            left.
         carry: what earlier snapshots of the run left for later ones (warm starts, pooled variances); None for a point
             on its own. A diagnostic keeps its state under its own key.
         measurements: by name, filled in as they are made.
+        alone: seconds that each of them would take on its own, with what others had computed for it.
     """
 
     objective: Objective
@@ -62,10 +66,14 @@ class Snapshot:
     preconditioner: Tensor | None = None
     test: Objective | None = None
     trained: Snapshot | None = None
+    search: bool = True
     carry: dict[Hashable, Any] | None = None
     engine: Engine = "auto"
     measurements: dict[str, Measurement] = field(default_factory=dict)
     _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    alone: dict[str, float] = field(default_factory=dict)
+    _prices: dict[Hashable, float] = field(default_factory=lambda: {"": 0.0}, repr=False)
+    _asked: set[Hashable] = field(default_factory=set, repr=False)
     _count: list[int] = field(default_factory=lambda: [0], repr=False)
 
     def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
@@ -75,12 +83,24 @@ class Snapshot:
         else is measured.
         """
         if key not in self._shared:
+            started, spared = time.perf_counter(), self._prices[""]
             self._shared[key] = compute()
+            self._prices[key] = time.perf_counter() - started + self._prices[""] - spared
+        elif key not in self._asked:
+            self._prices[""] += self._prices[key]
+        self._asked.add(key)
         return self._shared[key]
+
+    def spared(self) -> float:
+        """Seconds that were not spent since the last call, because others had computed what was asked for."""
+        found, self._prices[""] = self._prices[""], 0.0
+        self._asked.clear()
+        return found
 
     def release(self) -> None:
         """Forget the intermediates and free their graphs; they are computed again if asked for."""
         self._shared.clear()
+        self._asked.clear()
         if self.trained is not None:
             self.trained.release()
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import schedule
 from .batch_gradient import BatchGradient
 from .batches import Batches
 from .diagnostics import evaluate, parse, require
@@ -22,7 +23,7 @@ from .guard import get_random_states, set_random_states
 from .hvp import Engine
 from .linalg.probes import generator
 from .objective import Objective
-from .optimizers import learning_rate, preconditioner, settings, stability_threshold, weight_decay
+from .optimizers import flat_gradient, learning_rate, preconditioner, settings, stability_threshold, weight_decay
 from .regularizers import registry as regularizers
 from .runs import Run
 from .snapshot import Snapshot
@@ -36,7 +37,7 @@ def train(
     *,
     penalties: Iterable[tuple[float, regularizers.Request]] = (),
     diagnostics: Iterable[Request] = (),
-    every: int = 1,
+    every: schedule.Every = 1,
     run: str | os.PathLike | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
@@ -67,10 +68,10 @@ def train(
         penalties: pairs (strength, regularizer), added to the loss that is trained, such as
             ``(0.01, "gradient_norm")``, ``(0.01, curvlab.regularizers.gradient_norm_penalty)`` or
             ``(0.01, ("gradient_norm_difference", {"h": 0.001}))``. Their values are measured under their names.
-        diagnostics: names or (name, options), measured at steps 0, `every`, 2 `every`, ... An odd `every` is wise:
-            dynamics at the edge of stability have period 2. They are of the loss L, without penalties and weight decay; the
-            prefix "trained/", as in ``"trained/sharpness"``, asks for the objective that is trained
-            (`curvlab.trained.TrainedObjective`).
+        diagnostics: names or (name, options), measured at steps 0, `every`, 2 `every`, ... (an odd number is wise:
+            dynamics at the edge of stability have period 2), or by schedules of their own (see `Monitor`). They are of the
+            loss L, without penalties and weight decay; the prefix "trained/", as in ``"trained/sharpness"``, asks for the
+            objective that is trained (`curvlab.trained.TrainedObjective`).
         run: a new folder for the log, and `final.pt` with the last parameters, buffers and number of steps
             taken, whichever way the loop ends.
         checkpoint_every: save all that training depends on to `checkpoint.pt` before every so many steps: parameters,
@@ -105,7 +106,8 @@ def train(
         [0, 1, 2]
     """
     plan, penalties = parse(diagnostics), list(penalties)
-    _whole_numbers(every=every, checkpoint_every=checkpoint_every)
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every is {checkpoint_every}; expected a whole number of steps from 1")
     if run is None and (resume or checkpoint_every or trajectory):
         raise ValueError("resume, checkpoint_every and trajectory need a folder to read and write; pass run='runs/a'")
     regularizers.checked_size(micro_batch_size)
@@ -113,6 +115,7 @@ def train(
     for _, entry, options in terms:
         regularizers.require(L, entry)
         plan.setdefault(entry.name, options)
+    every = schedule.checked(every, plan)
     _same_parameters(L, optimizer, batches)
     training = _Training(
         L, optimizer, batches, penalties, plan, every,
@@ -144,7 +147,7 @@ class _Training:
     batches: Iterable[Any]
     penalties: list[tuple[float, regularizers.Request]]
     plan: dict[str, dict[str, Any]]
-    every: int
+    every: schedule.Every
     test: Objective | None
     scheduler: Any
     micro_batch_size: int | None
@@ -170,7 +173,7 @@ class _Training:
             "batches": dataclasses.asdict(self.batches) if isinstance(self.batches, Batches) else None,
             "batch_size": self.batch_size,
             "replacement": self.replacement,
-            "every": self.every,
+            "every": schedule.described(self.every),
             "diagnostics": list(self.plan.items()),
             "trained_loss": _trained_loss(self.L, terms),
             "penalties": [[strength, entry.name, options] for strength, entry, options in terms],
@@ -199,8 +202,8 @@ class _Training:
                 )  # fmt: skip
                 batch_loss = closure()
                 at = self._snapshot(step, batch, closure)
-                if self.plan and step % self.every == 0:
-                    record = self._measured(at, batch_loss)
+                if due := schedule.select(self.plan, self.every, step):
+                    record = self._measured(at, due, batch_loss)
                 yield at
                 at.release()
                 complete = not math.isfinite(batch_loss)
@@ -223,7 +226,7 @@ class _Training:
             batch=batch, micro_batch_size=self.micro_batch_size,
             modes={name: module.training for name, module in L.model.named_modules()},
             penalties={(e.name, *sorted(o.items())): closure.penalties[e.name] for _, e, o in closure.terms},
-            batch_gradient=_flat_gradient(L), preconditioner=preconditioner(self.optimizer, L),
+            batch_gradient=flat_gradient(L), preconditioner=preconditioner(self.optimizer, L),
             test=self.test, carry=self.carry, engine=self.engine,
         )  # fmt: skip
         if self.trained is None:
@@ -234,10 +237,10 @@ class _Training:
         )
         return dataclasses.replace(at, trained=point)
 
-    def _measured(self, at: Snapshot, batch_loss: float) -> dict[str, Any]:
+    def _measured(self, at: Snapshot, due: dict[str, Any], batch_loss: float) -> dict[str, Any]:
         """Measure and log; the record itself where the step has something to add to it."""
         started = time.perf_counter()
-        evaluate(at, self.plan)
+        evaluate(at, due)
         seconds = time.perf_counter() - started
         threshold = stability_threshold(at.optimizer, at.lr) if at.lr else None
         record = at.record(seconds, threshold=threshold, batch_loss=batch_loss)
@@ -335,12 +338,6 @@ class _Training:
         self.log.close()
 
 
-def _whole_numbers(**given: int | None) -> None:
-    for name, value in given.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; expected a whole number of steps from 1")
-
-
 def _same_parameters(L: Objective, optimizer: torch.optim.Optimizer, batches: Iterable[Any]) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not held & {id(p) for p in L.variables()}:
@@ -350,8 +347,8 @@ def _same_parameters(L: Objective, optimizer: torch.optim.Optimizer, batches: It
         )
     if L.subset:
         raise ValueError(
-            f"the objective has a subset of the model's parameters ({', '.join(L.names[:3])}, ...), and all would be trained; "
-            "train an objective of all of them and measure the subset with Monitor, or freeze the others by requires_grad"
+            f"the objective has a subset of the model's parameters ({', '.join(L.names[:3])}, ...), and all would be "
+            "trained; train an objective of all of them and measure the subset with Monitor, or freeze the others"
         )
     if isinstance(batches, Batches) and batches.n != L.size:
         raise ValueError(
@@ -363,9 +360,3 @@ def _trained_loss(L: Objective, terms: list) -> str | None:
     """How the loss that is trained differs from the one that is measured; None if it does not."""
     reasons = [L.live_difference(), *(f"{strength} {entry.name} is added" for strength, entry, _ in terms if strength)]
     return "; ".join(reason for reason in reasons if reason) or None
-
-
-def _flat_gradient(L: Objective) -> Tensor:
-    """The gradient in the live model's `.grad`, as the objective's flat vector."""
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in L.variables()]
-    return L.join([g.detach().to(L.device, L.dtype) for g in grads])

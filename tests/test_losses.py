@@ -206,7 +206,7 @@ def test_a_tied_parameter_answers_to_each_of_its_names():
 def test_a_subset_is_measured_where_all_is_trained():
     model = Net()
     L = cl.Objective(model, "cross_entropy", (X, Y), parameters="head")
-    with pytest.raises(ValueError, match="has a subset of the model's parameters.*Monitor"):
+    with pytest.raises(ValueError, match=r"has a subset of the model.s parameters.*Monitor"):
         next(cl.train(L, torch.optim.SGD(model.parameters(), lr=0.1), cl.Batches(N, N, 2)))
 
 

@@ -1188,6 +1188,11 @@ REFUSALS = {
         lambda: measure(("fisher_trace_penalty", {"draws": 1})),
     ),
     # train
+    "no_checkpoints": (
+        ValueError,
+        "checkpoint_every is 0; expected a whole number of steps from 1",
+        lambda: train(checkpoint_every=0),
+    ),
     "every": (ValueError, "every is 0; expected a whole number", lambda: train(every=0)),
     "micro_batch_size": (
         ValueError,
@@ -1216,7 +1221,20 @@ def test_refusal(name):
 
 
 OWN_TESTS = {"linalg", "claims", "problems", "measurement", "runs", "plots", "report", "cli", "__init__", "__main__"}
-OWN_TESTS |= {"methods", "flow", "trained", "sweep", "monitor", "schedule", "optional", "integrations", "compat", "tables"}
+OWN_TESTS |= {
+    "methods",
+    "flow",
+    "trained",
+    "sweep",
+    "monitor",
+    "schedule",
+    "optional",
+    "integrations",
+    "compat",
+    "tables",
+    "budget",
+    "docs",
+}
 
 
 def test_every_raise_has_a_refusal():

@@ -634,7 +634,7 @@ def test_weights_enter_the_training():
 
 
 def test_weights_of_foreign_batches_are_unknown():
-    setup = Setup(weights=torch.ones(24))
+    setup = Setup(weights=1.0 + torch.arange(24))
     with pytest.raises(ValueError, match=r"the examples are weighted and the weights of a foreign batch are unknown"):
         list(setup.train([(setup.x[:4], setup.y[:4])]))
 

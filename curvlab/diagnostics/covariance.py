@@ -24,8 +24,13 @@ GRAM_LIMIT = 2048  # examples up to which the N x N Gram matrix is formed
 def gradient_covariance_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measurement:
     """The k largest eigenvalues of C_1, descending, over an axis "index".
 
-    For N up to 2048 from the centred Gram matrix g_i·g_j/N, whose non-zero eigenvalues are those of C_1: exact to
-    rounding. Otherwise by Lanczos on products with C_1, each with its residual as `error`, tracked from step to step.
+    Estimator: for N up to 2048 the centred Gram matrix g_i·g_j/N, whose non-zero eigenvalues are those of C_1.
+    Otherwise Lanczos on products with C_1, tracked from step to step.
+
+    Error: exact for N up to 2048; otherwise the residual, which bounds the distance to *some* eigenvalue of C_1.
+
+    Fails: a single example with a huge gradient is an eigenvector of its own: see `gradient_variance_top_share`.
+    Products with C_1 are not counted in `matvecs`. Refused under batch statistics.
 
     Raises:
         ValueError: k outside 1..min(N, P).
@@ -50,8 +55,16 @@ def gradient_covariance_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e
 def gradient_covariance_effective_rank(at: Snapshot, *, probes: int = 4) -> Measurement:
     """Participation ratio of the eigenvalues of C_1, from 1 to min(N - 1, P): how many directions gradient noise has.
 
-    For N up to 2048 exact from the Gram matrix. Otherwise tr(C_1²) by XTrace, four products with C_1 a probe, which the few
-    large eigenvalues cost no variance; the error is that of the denominator to first order.
+    Estimator: exact from the Gram matrix for N up to 2048. Otherwise tr(C_1) exactly and tr(C_1²) by XTrace, four
+    products with C_1 a probe, which the few large eigenvalues cost no variance.
+
+    Error: for N above 2048 that of the denominator, to first order.
+
+    Fails: it is the square of a mean over the mean of squares, so one example with a huge gradient pulls it to 1. No
+    value where all gradients are equal. Refused under batch statistics.
+
+    Args:
+        probes: of XTrace, at least 2; unused for N up to 2048.
 
     Raises:
         ValueError: fewer than 2 probes.
@@ -79,7 +92,14 @@ def gradient_covariance_effective_rank(at: Snapshot, *, probes: int = 4) -> Meas
 def covariance_overlap(at: Snapshot, *, k: int = 5, tol: float = 1e-3) -> Measurement:
     """How far the top eigenspaces of the Hessian and of the gradient covariance are the same, 0 to 1.
 
-    `error` adds twice the bounds on the sines of the angles between computed and true eigenspaces (Davis and Kahan).
+    Estimator: tracked eigenvectors of both, k + 1 each; ‖Q_HᵀQ_C‖_F²/k. Two random subspaces have k/P.
+
+    Error: twice the sum of the bounds on the sines of the angles between computed and true eigenspaces (Davis and
+    Kahan).
+
+    Fails: the bound reaches 1 where either matrix has no gap after its k-th eigenvalue, although the overlap may be
+    right: choose k at a gap. A tight `tol` makes every step of a run as dear as a point. Refused under batch
+    statistics.
 
     Raises:
         ValueError: k + 1 above min(N, P).

@@ -29,16 +29,25 @@ def fisher_trace(
     target: float | None = None,
     budget: int | None = None,
 ) -> Measurement:
-    """Trace of the Fisher information; equals tr(GGN) for the likelihoods that are known here.
+    """Trace of the Fisher information, with the model's own labels.
 
-    Per example, R ξ with random signs ξ and R Rᵀ the Fisher information in the outputs gives ‖Jᵀ R ξ‖² without bias, by
-    per-example gradient norms: no label is sampled, which a confident model would make noisy (45-62% against 1-7% a pass).
-    Unit vectors instead of signs give the exact value in C passes, for C outputs; that is done when `exact` is asked for or
-    C is at most `probes`. `target` and `budget` as for `interaction_trace`. Squared error is read as a Gaussian of
-    unit variance.
+    It equals tr(GGN) for the likelihoods that are known here. Squared error is read as a Gaussian of unit variance.
 
-    No value for losses without a known likelihood: there are ``"cross_entropy"``, ``"binary_cross_entropy"`` and
-    ``"squared_error"``.
+    Estimator: per example, R ξ with random signs ξ and R Rᵀ the Fisher information in the outputs gives ‖Jᵀ R ξ‖²
+    without bias, by per-example gradient norms: no label is sampled, which a confident model would make noisy (45-62%
+    against 1-7% a pass). Unit vectors instead of signs give the exact value in C passes, for C outputs; that is done
+    when `exact` is asked for or C is at most `probes`.
+
+    Error: exact in C passes; otherwise a standard error over probes, pooled over steps in a run.
+
+    Fails: no value for losses without a known likelihood: there are ``"cross_entropy"``, ``"binary_cross_entropy"`` and
+    ``"squared_error"``. Not the empirical Fisher, whose trace with the labels of the data is
+    `gradient_second_moment_trace`. All outputs are held at once, (N, C). Refused under batch statistics.
+
+    Args:
+        exact: C passes, no error.
+        probes: random sign vectors, one pass each; default 16 at a single point, 2 in a run.
+        target, budget: as for `interaction_trace`.
 
     Source: Novack et al. 2022 (arXiv 2211.15853), eq. 3.
     """

@@ -42,15 +42,22 @@ def interaction_trace(
 ) -> Measurement:
     """The curvature that mini-batch gradients meet, with H of the full data.
 
-    gᵀHg is exact. tr(H S_1) is estimated without bias from v = N^{-1/2} Σ ±g_i, for which E[vᵀHv] = tr(H S_1), with a
-    control variate: for any vectors q_k and numbers λ_k, here k approximate eigenpairs,
+    Estimator: gᵀHg is exact. tr(H S_1) is estimated without bias from v = N^{-1/2} Σ ±g_i, for which E[vᵀHv] = tr(H
+    S_1), with a control variate: for any vectors q_k and numbers λ_k, here k approximate eigenpairs,
 
         tr(H S_1) = (1/N) Σ_k λ_k Σ_i (q_k·g_i)² + E[vᵀHv - Σ_k λ_k (q_k·v)²],
 
     whose first part is exact and whose second varies little, since about as many directions as there are classes carry
-    the trace. `error` is one standard error. At a single point it comes from 16 probes. In a run, 2 probes a step are
-    used, eigenpairs are refitted every 8 steps, never from the same step's probes, and the variance of the probes,
-    relative to the first part, is pooled over the last 8 measured steps.
+    the trace. In a run eigenpairs are refitted every 8 steps, never from the same step's probes.
+
+    Error: at a single point from 16 probes. In a run 2 probes a step are used, and their variance, relative to the
+    first part, is pooled over the last 8 measured steps. Full batches without replacement, N of at most `probes`, and
+    `exact` are exact.
+
+    Fails: with k below the number of classes, or where the landscape jumps between two refits, the control variate
+    leaves much and the error grows; the value stays unbiased. Of a sample of the data it is too large, because the
+    examples that make the gradient make the Hessian too: state `population_size`. It does not see kinks of relu
+    networks. Not the curvature of the batch's own loss, which is often larger: `batch_sharpness`.
 
     Args:
         batch_size: b, or a sequence for a curve from the same two traces; default that of training.
@@ -61,7 +68,8 @@ def interaction_trace(
             option applies.
         k: eigenpairs of the control variate; default 10, at most P.
         target: relative half-width of the 95% interval of tr(H S_1), reached by as many probes as it takes, at most
-            `budget` (512); see `curvlab.diagnostics.estimation.estimate`.
+            `budget`; see `curvlab.diagnostics.estimation.estimate`.
+        budget: the most probes that a `target` may take; default 512.
 
     Source: Lee 2022, eq. 4-5.
     """
@@ -94,10 +102,17 @@ def interaction_trace(
 def interaction_sharpness(at: Snapshot, *, batch_size: BatchSizes = None, **options: Any) -> Measurement:
     """Interaction-aware sharpness: the curvature along mini-batch gradients, never above λ_max(H).
 
-    The denominator is exact, so the error is that of tr(H S_b) over tr(S_b), without the bias of a ratio of estimates.
-    Options as `interaction_trace`. Full batches (b = N without replacement) are exact: gᵀHg/‖g‖².
+    Compare with 2ρ_b/lr (eq. 11). Options as `interaction_trace`.
 
-    Source: Lee 2022, Definition 2; compare with 2ρ_b/lr (eq. 11).
+    Estimator: `interaction_trace` over the exact tr(S_b), without the bias of a ratio of estimates.
+
+    Error: that of tr(H S_b) over tr(S_b). Full batches (b = N without replacement) are exact: gᵀHg/‖g‖². Where moments
+    are sampled, of both traces together.
+
+    Fails: no value where all gradients are zero. An estimate may exceed λ_max(H) by its error. Otherwise as
+    `interaction_trace`; four look-alikes are confused in public code: see `batch_sharpness`.
+
+    Source: Lee 2022, Definition 2.
     """
     return _interaction_over(at, batch_size, S_B, lambda b: second_moment(at, b), options)
 
@@ -113,9 +128,17 @@ def interaction_sharpness(at: Snapshot, *, batch_size: BatchSizes = None, **opti
 def instability(at: Snapshot, *, batch_size: BatchSizes = None, **options: Any) -> Measurement:
     """Above 2/lr the expected loss of a locally quadratic function increases with the next step of plain SGD.
 
-    The denominator is exact. Andreyev and Beneventano 2024 call the same number gradient-noise interaction, which is an
-    alias here. At a plateau of the loss it is 2/lr by balance of noise alone (eq. 6 with zero on the left), so it marks
-    an edge only with evidence beyond that (see `curvlab.claims`). Options as `interaction_trace`.
+    Andreyev and Beneventano 2024 call the same number gradient-noise interaction, which is an alias here. Options as
+    `interaction_trace`.
+
+    Estimator: `interaction_trace` over the exact ‖∇L‖².
+
+    Error: that of tr(H S_b) over ‖∇L‖². Where moments are sampled, of both together.
+
+    Fails: at a plateau of the loss it is 2/lr by balance of noise alone (eq. 6 with zero on the left), so it marks an
+    edge only with evidence beyond that (see `curvlab.claims`). 2/lr assumes steps -lr g_b on the loss that is measured:
+    not momentum, Adam, penalties or weight decay. Near a stationary point ‖∇L‖² vanishes and the ratio explodes; of a
+    sample ‖∇L‖² is too large: state `population_size`. No value where ‖∇L‖ is zero, or not resolved from zero.
 
     Source: Lee 2022, Definition 1.
     """
@@ -140,15 +163,22 @@ def expected_loss_difference(
 ) -> Measurement:
     """What the next step of plain SGD does to the full loss on average, without a quadratic approximation.
 
-    Batches are drawn anew (not the one that training uses) and the loss is evaluated after each step. The control
-    variate is the quadratic model with k approximate eigenpairs, -lr g·g_b + (lr²/2) Σ_k λ_k (q_k·g_b)², whose
-    expectation is known exactly. Full batches without replacement need one evaluation and are exact.
-
     Compare with the quadratic prediction -lr ‖∇L‖² + (lr²/2) tr(H S_b).
 
+    Estimator: batches are drawn anew (not the one that training uses) and the loss is evaluated after each step. The
+    control variate is the quadratic model with k approximate eigenpairs, -lr g·g_b + (lr²/2) Σ_k λ_k (q_k·g_b)², whose
+    expectation is known exactly. Batches whose loss is likely to differ from it are drawn more often, and weighted.
+
+    Error: in a run that of 4 batches, whose variance is pooled over steps. Full batches without replacement need one
+    evaluation and are exact.
+
+    Fails: few single examples may carry most of the change, so small batches want many: with 16 of b=1 the intervals
+    covered 84% on a net of 48 examples. Every batch size costs batches of its own. The step is -lr g_b, whatever the
+    optimizer. Refused under batch statistics, unless batches are full.
+
     Args:
-        samples: batches; default 32 at a single point, 4 in a run. Few single examples may carry most of the change, so
-            small batches want many: with 16 of b=1 the intervals covered 84% on a net of 48 examples.
+        samples: batches; default 32 at a single point, 4 in a run.
+        k: eigenpairs of the control variate; default 10, at most P.
         target, budget: as for `interaction_trace`, in batches.
 
     Source: Lee 2022, eq. 3-6 and 9.

@@ -26,13 +26,19 @@ BatchSizes = int | Sequence[int] | None
 def gradient_second_moment_trace(
     at: Snapshot, *, batch_size: BatchSizes = None, samples: int | None = None
 ) -> Measurement:
-    """Expected squared norm of the mini-batch gradient; for b = 1 (also the default) the mean of ‖g_i‖².
+    """Expected squared norm of the mini-batch gradient, E‖g_b‖²; for b = 1 (also the default) the mean of ‖g_i‖².
 
-    From exact per-example norms, layer by layer. A sequence of batch sizes gives a curve from the same two traces.
+    Estimator: exact per-example norms, layer by layer, without forming a gradient; a sequence of batch sizes gives a
+    curve from the same two traces.
+
+    Error: a standard error (jackknife) where moments are sampled: under batch statistics, and for a population.
+
+    Fails: parameters of layers without a rule (`curvlab.layers`), and of layers that are tied or used twice, go by
+    vmap, at many times the cost. Under batch statistics b = 1 is refused.
 
     Args:
-        samples: of `curvlab.diagnostics.sampled.sampled_moments`, which serves, with a standard error, where batch
-            normalization couples the examples of a batch or where the data are a sample of a population.
+        samples: of `curvlab.diagnostics.sampled.sampled_moments`, where moments are sampled: mini-batches with statistics of
+            their own, or groups of the examples that are a sample of a population.
 
     Source: Lee 2022, eq. 1 and 12.
     """
@@ -49,7 +55,12 @@ def gradient_second_moment_trace(
 def gradient_variance(at: Snapshot) -> Measurement:
     """Trace of the covariance of per-example gradients; E‖g_b - ∇L‖² is γ/b times this.
 
-    Where 1% of the examples carry more than half of it the note says so: over more data it may then not exist at all.
+    Estimator: exact per-example norms, layer by layer, less ‖∇L‖².
+
+    Error: the floor is relative to tr(S_1), of which ‖∇L‖² is subtracted. A standard error for a population.
+
+    Fails: where 1% of the examples carry more than half of it (the note says so), over more data it may not exist at
+    all. Refused under batch statistics.
 
     Source: Smith et al. 2021 (arXiv 2101.12176), eq. 22 and 32.
     """
@@ -69,7 +80,15 @@ def gradient_variance(at: Snapshot) -> Measurement:
     cost="2 gradients, shared",
 )  # fmt: skip
 def gradient_variance_top_share(at: Snapshot) -> Measurement:
-    """How much of Γ the largest 1% of the examples carry, at least one: near 0.01 for light tails, 1 for the heaviest."""
+    """How much of Γ the largest 1% of the examples carry, at least one: near 0.01 for light tails, 1 for the heaviest.
+
+    Estimator: all ‖g_i - ∇L‖², from per-example norms and products with ∇L; no sampling.
+
+    Fails: of fewer than 150 examples the 1% is a single one, so that light tails give 1/N instead of 0.01. No value
+    where all gradients are equal. Refused under batch statistics.
+
+    Source: Smith et al. 2021 (arXiv 2101.12176), sec. 3, on heavy tails.
+    """
     share, _ = _top_share(at)
     return missing("all per-example gradients are equal") if share != share else exact(share, at.objective)
 
@@ -77,6 +96,14 @@ def gradient_variance_top_share(at: Snapshot) -> Measurement:
 @diagnostic("tr(C_1)/‖∇L‖²", formula="Γ/‖∇L‖²", kind="exact", cost="1 gradient, shared")
 def gradient_noise_scale(at: Snapshot) -> Measurement:
     """The simple noise scale, a batch size: from there on larger batches bring little.
+
+    Estimator: Γ and ‖∇L‖², both exact.
+
+    Error: a standard error (jackknife, with the bias of the ratio removed) for a population.
+
+    Fails: of a sample of the data it is too small, since noise adds to ‖∇L‖²: state `population_size`. Near a minimum
+    it grows without bound as ‖∇L‖ vanishes; where ‖∇L‖ is zero, or not resolved from zero, there is no value. Refused
+    under batch statistics.
 
     Source: McCandlish et al. 2018 (arXiv 1812.06162), eq. 2.9.
     """
@@ -94,7 +121,14 @@ def gradient_noise_scale(at: Snapshot) -> Measurement:
     cost="1 gradient, shared",
 )  # fmt: skip
 def example_gradient_cosine(at: Snapshot) -> Measurement:
-    """Mean cosine over all pairs of different examples: (‖Σ ĝ_i‖² - N)/(N(N-1)), ĝ_i = g_i/‖g_i‖, without any sampling."""
+    """Mean cosine over all pairs of different examples, of their gradients.
+
+    Estimator: (‖Σ ĝ_i‖² - N)/(N(N-1)) with ĝ_i = g_i/‖g_i‖: every pair, without forming any, and without any sampling.
+
+    Fails: no value where an example has a zero gradient. An example with a tiny gradient counts as much as one that
+    moves the parameters; with pairs weighted by length it would be about the ρ_1 of `gradient_concentration`. Refused
+    under batch statistics.
+    """
     norms, N = at.examples.squared_norms().sqrt(), at.objective.size
     if N < 2 or not bool((norms > 0).all()):
         return missing("needs two examples, none with a zero gradient")
@@ -108,9 +142,13 @@ def example_gradient_cosine(at: Snapshot) -> Measurement:
 def mean_resultant_length(at: Snapshot, *, batch_size: BatchSizes = None, samples: int | None = None) -> Measurement:
     """Squared mean resultant length of the directions of mini-batch gradients; compare with ρ_b.
 
-    From m independent batches as the mean cosine of different pairs, (‖Σ ĝ‖² - m)/(m(m-1)), which has no bias; the plain
-    squared mean has one of about (1 - R̄²)/m. The error is that of the jackknife over batches, with m - 1 degrees of freedom.
-    For b = 1 exact over all examples.
+    Estimator: m independent batches and the mean cosine of different pairs, (‖Σ ĝ‖² - m)/(m(m-1)), which has no bias;
+    the plain squared mean has one of about (1 - R̄²)/m. For b = 1 all examples, exact.
+
+    Error: that of the jackknife over batches, with m - 1 degrees of freedom.
+
+    Fails: no value from two batches, which have no error, or where a batch has a zero gradient. Small lengths need many
+    batches, more than the 4 of a run. Refused under batch statistics.
 
     Source: Lee 2022, sec. 5.1; Mardia and Jupp 2000.
     """
@@ -148,11 +186,16 @@ def mean_resultant_length(at: Snapshot, *, batch_size: BatchSizes = None, sample
 def batch_gradient_norm_variation(
     at: Snapshot, *, batch_size: BatchSizes = None, samples: int | None = None
 ) -> Measurement:
-    """Spread of ‖g_b‖ over batches; where it is small R̄_b² and ρ_b agree. For b = 1 exact over all examples.
+    """Spread of ‖g_b‖ over batches; where it is small R̄_b² and ρ_b agree.
 
-    With s² = tr(S_b), which is exact, E‖g_b‖ = s(1 - d), d = E(‖g_b‖ - s)²/(2s²), and the coefficient of variation is
-    √((1 - d)^{-2} - 1). Only d is estimated, from batches that are drawn half uniformly and half in proportion to the
-    (‖g_b‖ - s)² that is predicted for them; the error is that of d, to first order, pooled over steps in a run.
+    Estimator: with s² = tr(S_b), which is exact, E‖g_b‖ = s(1 - d), d = E(‖g_b‖ - s)²/(2s²), and the coefficient of
+    variation is √((1 - d)^{-2} - 1). Only d is estimated, from batches that are drawn half uniformly and half in
+    proportion to the (‖g_b‖ - s)² that is predicted for them. For b = 1 all examples, exact.
+
+    Error: that of d, to first order, pooled over steps in a run.
+
+    Fails: near zero the first-order error exceeds the value and says only that the spread is small. No value where the
+    gradient of every batch is zero. Refused under batch statistics.
 
     Source: Lee 2022, sec. 5.1.
     """
@@ -192,7 +235,13 @@ def batch_gradient_top_share(
 ) -> Measurement:
     """Expected squared length of g_b in the top-k eigenspace of the Hessian over E‖g_b‖², 0 to 1.
 
-    Exact over batches; `error` bounds what the error of the eigenspace does to it (see `gradient_top_share`).
+    Estimator: tracked eigenvectors, and g_i·q_k of every example: exact over batches.
+
+    Error: bounds what the error of the eigenspace does to it, as in `gradient_top_share`.
+
+    Fails: where λ_k and λ_{k+1} are too close to be told apart the bound reaches 1, although the share may be right:
+    choose k at a gap, such as the number of classes. A tight `tol` makes every step of a run as dear as a point.
+    Refused under batch statistics.
 
     Source: Lee 2022, sec. 5.1; Gur-Ari et al. 2018 (arXiv 1812.04754).
     """
@@ -221,6 +270,11 @@ def loss_output_gradient(at: Snapshot) -> Measurement:
     What reaches the outputs of the model from the loss; its collapse explains why penalties on Jacobians of the outputs
     differ from penalties on gradients of the loss.
 
+    Estimator: one forward pass, and the derivative of the loss in its outputs alone.
+
+    Fails: no value where a `batch_loss` calls the model itself. Outputs of several dimensions are flattened: a model of
+    sequences has an entry for every position and class.
+
     Source: Novack et al. 2022 (arXiv 2211.15853), eq. 2 and 5.
     """
     L, parts = at.objective, []
@@ -244,7 +298,12 @@ def loss_output_gradient(at: Snapshot) -> Measurement:
 def gradient_concentration(at: Snapshot, *, batch_size: BatchSizes = None, samples: int | None = None) -> Measurement:
     """How concentrated mini-batch gradients are, 0 to 1; 1 for full batches without replacement.
 
-    `samples` as for `gradient_second_moment_trace`.
+    Estimator: exact traces, as `gradient_second_moment_trace`; `samples` as there.
+
+    Error: a standard error (jackknife, with the bias of the ratio removed) under batch statistics and for a population.
+
+    Fails: of a sample of the data it is too large, since noise adds to ‖∇L‖²: state `population_size`. No value where
+    all gradients are zero. Under batch statistics b = 1 is refused.
 
     Source: Lee 2022, Definition 3 and eq. 12.
     """

@@ -26,8 +26,11 @@ from .values import exact
 _COST = "1 gradient of the batch; none if it is trained"
 _AS_A_DIAGNOSTIC = """
 
-    As a diagnostic: the value on the batch that is trained on, with the micro-batches of training (or `micro_batch_size`)
-    and the modules in the modes in which they train; on all data at a point that no training has led to. A penalty that is
+    Fails: of one batch: over batches it scatters. Without a micro-batch size, here or in training, the whole batch is one
+    micro-batch, whose mean gradient is as a rule shorter than those of its parts.
+
+    Estimator: the value on the batch that is trained on, with the micro-batches of training (or `micro_batch_size`) and
+    the modules in the modes in which they train; on all data at a point that no training has led to. A penalty that is
     trained is not computed again: its value is the one that was drawn."""
 _DRAWS = """ Otherwise one draw, whose value is exact for that draw; `draws`, at
     least 2, gives the mean of so many as an estimate of the expectation, with its standard error."""
@@ -42,8 +45,18 @@ _DRAWS = """ Otherwise one draw, whose value is exact for that draw; `draws`, at
 def microbatch_gradient_norm(at: Snapshot, *, micro_batch_size: int | None = None) -> Measurement:
     """Mean gradient norm of the micro-batches of the batch that is trained on, Σ_M (|M|/|B|) ‖∇L_M‖.
 
-    The mean of the squares is `gradient_norm_penalty`, also called `microbatch_gradient_norm_squared`. At a point that no
-    training has led to, the batch is all data. Micro-batches are those of training, unless `micro_batch_size` is given.
+    The mean of the squares is `gradient_norm_penalty`, also called `microbatch_gradient_norm_squared`.
+
+    Estimator: one pass over the batch, a micro-batch at a time, with the modules in the modes in which they train. At a
+    point that no training has led to, the batch is all data.
+
+    Error: exact for this batch; over batches it is one draw.
+
+    Fails: it depends on |M|: small micro-batches have long gradients. Without `micro_batch_size`, here or in training,
+    the micro-batch is the whole batch, and the value one norm.
+
+    Args:
+        micro_batch_size: |M|; default that of training.
 
     Source: Novack et al. 2022 (arXiv 2211.15853), figures 1 and 2.
     """

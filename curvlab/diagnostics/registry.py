@@ -22,11 +22,14 @@ NEEDS = {
     "batch_size": "pass batch_size=32, or a sequence of batch sizes",
     "lr": "pass lr=0.1, the learning rate of the step",
     "test": "pass test=Objective(model, loss, held_out_data)",
-    "batch_gradient": "it exists while training: measure it with train()",
+    "batch_gradient": "it exists while training: measure it with train(), or with Monitor(..., optimizer=optimizer)",
     "trained": "what is trained is known while training: measure it with train()",
 }
 
 
+NO_GRADIENT = (
+    "there is no gradient of this step yet: call the monitor between the backward pass and the optimizer's step"
+)
 TRAINED = "trained/"  # asks for a diagnostic of the objective that is trained
 
 
@@ -160,16 +163,20 @@ def evaluate(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, M
     """
     with at.objective.measuring():
         for name, options in plan.items():
-            started, spent = time.perf_counter(), at.matvecs
             point = at.trained if name.startswith(TRAINED) else at
             assert point is not None
+            point.spared()
+            started, spent = time.perf_counter(), at.matvecs
+            entry = DIAGNOSTICS[name.removeprefix(TRAINED)]
             try:
-                found = DIAGNOSTICS[name.removeprefix(TRAINED)].function(point, **options)
+                found = missing(NO_GRADIENT)
+                if "batch_gradient" not in entry.needs or point.batch_gradient is not None:
+                    found = entry.function(point, **options)
             except (ArithmeticError, torch.linalg.LinAlgError) as error:  # not finite, or so large that it overflows
                 found = missing(str(error))
             if found.value is not None and not np.all(np.isfinite(found.value)):
                 found = missing("not finite: the parameters have diverged")
-            at.measurements[name] = dataclasses.replace(
-                found, matvecs=at.matvecs - spent, seconds=time.perf_counter() - started
-            )
+            seconds = time.perf_counter() - started
+            at.measurements[name] = dataclasses.replace(found, matvecs=at.matvecs - spent, seconds=seconds)
+            at.alone[name] = seconds + point.spared()
     return at.measurements

@@ -17,16 +17,25 @@ from .tracking import largest, remarked, subspace_error, top_eigenpairs, tracked
 def sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     """The largest eigenvalue of the Hessian, λ_1 = ‖H‖ wherever |λ_min| is smaller; otherwise the note says so.
 
-    A Ritz value θ from Lanczos with residual r at most `tol` times the largest |Ritz value|: θ ≤ λ_1, and *some*
-    eigenvalue lies within r of θ; `error` is r. The value itself is usually better by orders of magnitude, because the
-    distance to λ_1 is at most r²/gap. During training the last eigenvectors start the next search, and a random vector
-    and the gradient join them every 16th step and whenever the Hessian has changed much, so that an eigenvalue that rises
-    unseen is found.
+    Compare with 2/lr for full-batch gradient descent; `curvlab.optimizers.stability_threshold` has the threshold of
+    other optimizers.
 
-    Where the data are a sample of a population, the value is an estimate for the population instead, with the standard
-    error of a bootstrap over examples; it costs about 34 products (`curvlab.diagnostics.sampled.population_eigenvalue`).
+    Estimator: a Ritz value θ from block Lanczos with residual r at most `tol` times the largest |Ritz value|. During
+    training the last eigenvectors start the next search, and a random vector and the gradient join them every 16th step
+    and whenever the Hessian has changed much, so that an eigenvalue that rises unseen is found. Under a monitor's budget it
+    is the Rayleigh quotient of the last eigenvector between two searches, for one product, and the note says so.
 
-    Source: Cohen et al. 2021 (arXiv 2103.00065); compare with 2/lr for full-batch gradient descent.
+    Error: the residual r: θ ≤ λ_1, and *some* eigenvalue lies within r of θ. The value itself is usually better by
+    orders of magnitude, because the distance to λ_1 is at most r²/gap. For a population the standard error of a
+    bootstrap over examples.
+
+    Fails: the Hessian is the one of autograd: it does not see kinks of relu networks, which `secant_sharpness` does. An
+    eigenvalue that rises away from the last eigenvectors may be seen 16 measured steps late. After 320 products without
+    convergence the note says so. Of a sample of the data it is too large: `population_size` gives the population's, for
+    about 34 products more (`curvlab.diagnostics.sampled.population_eigenvalue`). Under batch statistics it is that of
+    all data as one batch.
+
+    Source: Cohen et al. 2021 (arXiv 2103.00065).
     """
     pairs = top_eigenpairs(at, 1, tol)
     return population_eigenvalue(at, pairs) if at.objective.population_size else largest(pairs)
@@ -39,12 +48,22 @@ def sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     cost="25-45 products for k=5, 7-16 when tracked",
 )
 def hessian_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measurement:
-    """The k largest eigenvalues of the Hessian, descending, each with its residual as `error` (see `sharpness`).
+    """The k algebraically largest eigenvalues of the Hessian, descending, over an axis "index".
 
     The eigenvectors stay on the snapshot: ``curvlab.diagnostics.tracking.top_eigenpairs(at, k, tol).vectors``.
 
+    Estimator: as `sharpness`, with k vectors; random start vectors, k of them, see eigenvalues of multiplicity up to k.
+
+    Error: the residual of each, which bounds the distance to *some* eigenvalue.
+
+    Fails: that none was passed over is likely, not proven. `tol` is relative to the largest: eigenvalues below it are
+    resolved to their error only. Negative eigenvalues count as the smallest, whatever their size. Of the data as they
+    are, also where they are a sample of a population.
+
     Raises:
         ValueError: k outside 1..P.
+
+    Source: Lee 2022, sec. 2.
     """
     pairs = top_eigenpairs(at, k, tol)
     found = Measurement(
@@ -61,8 +80,13 @@ def hessian_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measu
 def gradient_alignment(at: Snapshot, *, tol: float = 1e-3) -> Measurement:
     """Cosine between the gradient and the top eigenvector, without sign, which an eigenvector does not have.
 
-    `error` bounds what the error of the eigenvector does to it: √2 r/gap (Davis and Kahan), with the gap to the second
+    Estimator: two tracked eigenpairs; a random direction has about 1/√P.
+
+    Error: bounds what the error of the eigenvector does to it: √2 r/gap (Davis and Kahan), with the gap to the second
     Ritz value; where the two largest eigenvalues are too close to be told apart it reaches 1.
+
+    Fails: with close eigenvalues q_1 itself is not defined, however small `tol`: `gradient_top_share` over both is. No
+    value where the gradient is zero, or with a single parameter.
 
     Source: Lee 2022, Prop. 4.1 and observation (iii) of sec. 4.2.
     """
@@ -87,7 +111,12 @@ def gradient_alignment(at: Snapshot, *, tol: float = 1e-3) -> Measurement:
 def gradient_top_share(at: Snapshot, *, k: int = 5, tol: float = 1e-3) -> Measurement:
     """Share of the squared gradient norm in the top-k eigenspace of the Hessian, 0 to 1.
 
-    `error` bounds what the error of the subspace does to it: ‖R‖/gap, with the gap between λ_k and λ_{k+1}.
+    Estimator: k + 1 tracked eigenpairs; a random direction has k/P.
+
+    Error: bounds what the error of the subspace does to it: ‖R‖/gap, with the gap between λ_k and λ_{k+1}.
+
+    Fails: without a gap after λ_k the bound reaches 1, although the share may be right: choose k at a gap, such as the
+    number of classes. A tight `tol` makes every step of a run as dear as a point. No value where the gradient is zero.
 
     Raises:
         ValueError: k + 1 above P.
@@ -108,9 +137,19 @@ def gradient_top_share(at: Snapshot, *, k: int = 5, tol: float = 1e-3) -> Measur
     cost="13-22 products with the GGN for k=1",
 )  # fmt: skip
 def ntk_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measurement:
-    """The largest eigenvalues of the neural tangent kernel over N, over an axis "index"; those of the GGN for squared error.
+    """The k largest eigenvalues of the neural tangent kernel over N, over an axis "index".
 
-    By Lanczos on (1/N) Σ J_iᵀ J_i, which has the same non-zero eigenvalues; `error` is the residual.
+    For squared error they are those of the GGN.
+
+    Estimator: Lanczos on (1/N) Σ J_iᵀ J_i, which has the same non-zero eigenvalues, tracked from step to step.
+
+    Error: the residual of each, which bounds the distance to *some* eigenvalue.
+
+    Fails: no value where the outputs are no tensor, or a `batch_loss` calls the model itself. The labels do not enter.
+    All outputs are summed over; the kernel of one output is another matrix. Its products are not counted in `matvecs`.
+
+    Raises:
+        ValueError: k outside 1..P.
 
     Source: Jacot et al. 2018 (arXiv 1806.07572).
     """

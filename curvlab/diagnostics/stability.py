@@ -33,10 +33,19 @@ ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25)
 def preconditioned_sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     """The sharpness that Adam, AdamW or RMSprop meets; compare with `curvlab.optimizers.stability_threshold`.
 
-    P is the diagonal that the step is about to divide by, read from the optimizer's state, with its bias correction and ε.
-    P^{-1/2} H P^{-1/2} has the eigenvalues of P^{-1} H and is symmetric. `error` is the residual, as for `sharpness`.
+    The threshold is 38/lr for Adam at β₁ = 0.9.
 
-    Source: Cohen et al. 2022 (arXiv 2207.14484), eq. 2; the threshold is 38/lr for Adam at β₁ = 0.9.
+    Estimator: P is the diagonal that the step is about to divide by, read from the optimizer's state, with its bias
+    correction and ε. P^{-1/2} H P^{-1/2} has the eigenvalues of P^{-1} H and is symmetric; its largest is tracked as
+    `sharpness` is.
+
+    Error: the residual, as for `sharpness`.
+
+    Fails: no value for other optimizers, with amsgrad or centered, or at a point that no training has led to. P holds
+    the gradient of the batch about to be used: at the first steps, and with small batches, it is noisy. The threshold
+    takes P as constant, and neglects decoupled weight decay.
+
+    Source: Cohen et al. 2022 (arXiv 2207.14484), eq. 2.
     """
     if at.preconditioner is None:
         return missing("there is no known preconditioner: measure it while train() uses Adam, AdamW or RMSprop")
@@ -64,9 +73,16 @@ def batch_sharpness(
     """Batch sharpness, with the mini-batch's own Hessian H_b: a mean of ratios.
 
     Not ‖H‖_{S_b}, whose H is that of all data: the batch's own Hessian overstates tr(H S_b) by 38-90% on a small net.
-    Few batches carry much of it, so that batches are drawn half uniformly and half in proportion to ‖g_b‖², and weighted
-    so that the mean is that over all batches (uniform ones cover 55-93% for the ratio of means). For b = 1 and no more than
-    `samples` examples all of them are used and the result is exact.
+
+    Estimator: few batches carry much of it, so that batches are drawn half uniformly and half in proportion to ‖g_b‖²,
+    and weighted so that the mean is that over all batches (uniform ones cover 55-93% for the ratio of means). For b = 1
+    and no more than `samples` examples all of them are used and the result is exact.
+
+    Error: in a run that of 4 batches, whose variance is pooled over steps. Full batches without replacement are exact.
+
+    Fails: no value where the gradient of a drawn batch is zero. Every batch size costs batches of its own. Four
+    look-alikes are confused in public code: this one, the ratio of means `batch_sharpness_of_means`,
+    `interaction_sharpness` with the H of all data, and gradient-noise interaction, which is `instability`.
 
     Args:
         samples: batches; default 16 at a single point, 4 in a run, whose variance is pooled over steps.
@@ -87,7 +103,15 @@ def batch_sharpness(
     options_of=batch_sharpness,
 )
 def batch_sharpness_of_means(at: Snapshot, *, batch_size: BatchSizes = None, **options: Any) -> Measurement:
-    """Batch sharpness as a ratio of means; the denominator tr(S_b) is exact, so there is no bias of a ratio.
+    """Batch sharpness as a ratio of means, E[g_bᵀ H_b g_b] over E‖g_b‖². Options as `batch_sharpness`.
+
+    Estimator: the batches of `batch_sharpness`, with which it shares them; the denominator tr(S_b) is exact, so there
+    is no bias of a ratio.
+
+    Error: that of the numerator over tr(S_b); pooled over steps in a run.
+
+    Fails: as `batch_sharpness`, of which it is no approximation: the two differ where long gradients meet another
+    curvature than short ones. Refused under batch statistics.
 
     Source: Andreyev and Beneventano 2024 (arXiv 2412.20553).
     """
@@ -102,14 +126,20 @@ def batch_sharpness_of_means(at: Snapshot, *, batch_size: BatchSizes = None, **o
     "2(ΔL - g·Δw)/‖Δw‖²",
     formula="curvature that the loss showed along the last step",
     kind="exact",
-    cost="none",
+    cost="1 gradient, shared",
 )
 def secant_sharpness(at: Snapshot) -> Measurement:
     """Curvature along the displacement since the last measured step, from losses and gradients alone.
 
-    With Δw = w_t - w_s, s the last measured step: 2(L(w_t) - L(w_s) - ∇L(w_s)·Δw)/‖Δw‖², the average of Δwᵀ H Δw/‖Δw‖² along
-    the way. It sees the kinks of relu networks, which the Hessian does not. For one step of gradient descent this is
-    2(ΔL + lr ‖g‖²)/(lr² ‖g‖²). The floor is the rounding of the difference of losses.
+    Estimator: with Δw = w_t - w_s, s the last measured step: 2(L(w_t) - L(w_s) - ∇L(w_s)·Δw)/‖Δw‖², the average of Δwᵀ
+    H Δw/‖Δw‖² along the way. It sees the kinks of relu networks, which the Hessian does not. For one step of gradient
+    descent this is 2(ΔL + lr ‖g‖²)/(lr² ‖g‖²).
+
+    Error: the floor is the rounding of the difference of losses.
+
+    Fails: no value at the first measured step, at a point that no training has led to, or where the parameters have not
+    moved. Between steps that are far apart (`every`) it averages over a path that was not taken straight. Small steps
+    late in float32 training drown in the floor: measure in float64.
     """
     if at.carry is None:
         return missing("needs two points: measure it in train()")
@@ -131,10 +161,17 @@ def secant_sharpness(at: Snapshot) -> Measurement:
 
 
 @diagnostic(
-    "cos(∇L_t, ∇L_{t+1})", formula="cosine of the full gradients of consecutive steps", kind="exact", cost="none"
+    "cos(∇L_t, ∇L_{t+1})",
+    formula="cosine of the full gradients of consecutive steps",
+    kind="exact",
+    cost="1 gradient, shared",
 )
 def gradient_cosine(at: Snapshot) -> Measurement:
     """Cosine between the full gradient at this step and at the one before; negative at the edge of stability.
+
+    Estimator: the gradient of the step before is kept.
+
+    Fails: no value unless the step before was measured too: it needs every step. None either where a gradient is zero.
 
     Source: Lee 2022, sec. 5.2.
     """
@@ -150,6 +187,11 @@ def gradient_cosine(at: Snapshot) -> Measurement:
 )
 def batch_gradient_cosine(at: Snapshot) -> Measurement:
     """Cosine between the gradient about to be used and the one used at the step before.
+
+    Estimator: the gradient that training has computed, and the one before, which is kept; penalties included.
+
+    Fails: no value unless the step before was measured too. For small batches noise keeps it near zero: two batches
+    share little but ∇L. With dropout or BatchNorm it is of the loss that trains, not of the one that is measured.
 
     Source: Lee 2022, sec. 5.2.
     """
@@ -167,7 +209,13 @@ def batch_gradient_cosine(at: Snapshot) -> Measurement:
 def directional_sharpness(at: Snapshot, *, alphas: Sequence[float] = ALPHAS) -> Measurement:
     """Curvature in the direction of the gradient at w, met further along it: over an axis "alpha", with S_n fixed at w.
 
-    Above `interaction_sharpness` at w the valley gets sharper across, below it flatter (asymmetric valleys).
+    Above its value at alpha = 0, the `interaction_sharpness` of full batches, the valley gets sharper across; below it,
+    flatter (asymmetric valleys).
+
+    Estimator: one gradient and one product at each w - α lr g.
+
+    Fails: the direction is that of full-batch descent, whatever the optimizer does. No value where the gradient is zero
+    or the loss is not finite along the step. Near a minimum, where gradients of examples cancel, the floor grows.
 
     Source: Lee 2022, fig. 3 left.
     """
@@ -191,7 +239,12 @@ def directional_sharpness(at: Snapshot, *, alphas: Sequence[float] = ALPHAS) -> 
 def directional_alignment(at: Snapshot, *, alphas: Sequence[float] = ALPHAS, tol: float = 1e-3) -> Measurement:
     """How far the top eigenvector turns along the step: |q_1(H(w - α lr g))·q_1(H(w))|, over an axis "alpha".
 
-    `error` adds the bounds √2 r/gap for both eigenvectors.
+    Estimator: two eigenpairs at w, and two at each point, started from those at w.
+
+    Error: the sum of the bounds √2 r/gap for both eigenvectors.
+
+    Fails: where the two largest eigenvalues meet, here or there, the top eigenvector changes places or is not defined,
+    and the bound reaches 1. Dear in a run: one search for each α at every step. No value with a single parameter.
 
     Source: Lee 2022, sec. 4.2 and fig. 3.
     """
@@ -218,6 +271,11 @@ def directional_alignment(at: Snapshot, *, alphas: Sequence[float] = ALPHAS, tol
 )
 def loss_along_step(at: Snapshot, *, alphas: Sequence[float] = ALPHAS) -> Measurement:
     """The training loss along the step of plain gradient descent, over an axis "alpha".
+
+    Estimator: one forward pass at each w - α lr g.
+
+    Fails: the step is that of full-batch descent, whatever the optimizer does. No value where the loss is not finite
+    along it.
 
     Source: Lee 2022, fig. 3 right.
     """

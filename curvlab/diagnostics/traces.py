@@ -32,12 +32,21 @@ def hessian_trace(
 ) -> Measurement:
     """Trace of the Hessian.
 
+    Estimator: by `method`:
+
     - ``"split"``: tr(G) + tr(H - G), the Gauss-Newton part exactly (C passes) and Hutchinson on the rest, with the same
       probes for both products. Best once training has started: the rest is small.
     - ``"xtrace"``, ``"hutchinson"``, ``"exact"``: see `curvlab.trace`.
     - ``"auto"``: split and plain Hutchinson are compared on four pilot probes, which then are not used, and the one with the
       smaller variance serves; XTrace if the loss has no known likelihood, so that tr(G) is not at hand. The note states the
       choice. In a run the choice is made anew at each step.
+
+    Error: a standard error over probes; in a run that of two, whose variance is pooled over steps if the loss has a
+    known likelihood. ``"exact"``, and as many products as parameters, are exact.
+
+    Fails: ``"auto"`` and ``"split"`` take C passes for C outputs, at every step: with many classes ask for
+    ``"hutchinson"``. Where positive and negative eigenvalues cancel, the error is large against the value, and a
+    relative `target` may not be reached. Under batch statistics ``"auto"`` and ``"split"`` are refused.
 
     Args:
         num_matvecs: products with H, beside the pilot's; default 32, in a run 2. P or more are exact.
@@ -85,10 +94,22 @@ def hessian_trace(
     "tr(G)", formula="trace of the generalized Gauss-Newton matrix", kind="exact", cost="C gradients for C outputs"
 )
 def ggn_trace(at: Snapshot, *, num_matvecs: int = 32) -> Measurement:
-    """Trace of the GGN: exactly, as the Fisher trace, for losses with a known likelihood; otherwise by XTrace.
+    """Trace of the generalized Gauss-Newton matrix, the part of the Hessian that is never negative for convex losses.
+
+    Estimator: exactly, as the Fisher trace, for losses with a known likelihood; otherwise by XTrace.
+
+    Error: a standard error by XTrace.
+
+    Fails: C passes for C outputs, dear with many classes: `fisher_trace` samples the same number. No value where the
+    outputs are unknown or no tensor. Refused under batch statistics.
+
+    Args:
+        num_matvecs: products of XTrace; unused where the trace is exact.
 
     Raises:
         ValueError: fewer than 4 products.
+
+    Source: Schraudolph 2002 (doi 10.1162/08997660260028683).
     """
     found = fisher_trace(at, exact=True)
     if found.value is not None:
@@ -102,9 +123,16 @@ def ggn_trace(at: Snapshot, *, num_matvecs: int = 32) -> Measurement:
 
 @diagnostic("density of λ", formula="(1/P) Σ δ(λ - λ_i), smoothed", kind="sem", cost="320 products")
 def hessian_density(at: Snapshot, *, num_probes: int = 8, steps: int = 40, points: int = 200) -> Measurement:
-    """Density of the Hessian's eigenvalues by stochastic Lanczos quadrature, over an axis "eigenvalue".
+    """Density of the Hessian's eigenvalues, over an axis "eigenvalue".
 
-    Smoothed by a Gaussian of 1/100 of the range; the standard error is that of the smoothed density, over probes.
+    Estimator: stochastic Lanczos quadrature: `steps` Lanczos steps from each of `num_probes` random vectors, smoothed
+    by a Gaussian of 1/100 of the range.
+
+    Error: that of the smoothed density, over probes; what smoothing does is not in it.
+
+    Fails: an outlier far above the bulk sets the range, and blurs the bulk to a hundredth of it. An isolated eigenvalue
+    weighs 1/P: draw on a logarithmic scale, and take its place from `hessian_eigenvalues`. In a run nothing is shared
+    between steps, and the axis moves with the spectrum.
 
     Raises:
         ValueError: fewer than 2 probes.

@@ -15,6 +15,14 @@ EXPLORE_EVERY = 16  # measured steps between two searches with a random vector w
 DISTRUST = 0.2  # relative residual of the start in the new matrix, above which a random vector joins at once
 SWELL = 1.5  # ratio of the hint's lengths, either way, above which a random vector joins at once
 TURN = 0.2  # sine of a vector's turn in one step, above which the one before is kept too: at the edge the period is 2
+UPDATED = (
+    "sharpness",
+    "hessian_eigenvalues",
+    "preconditioned_sharpness",
+    "layer_sharpness",
+    "ntk_eigenvalues",
+)  # whose
+# values between two searches may be Rayleigh quotients of the vectors that were found last
 GUARDS = 4  # eigenvectors at most that are followed beyond the k that were asked for
 
 
@@ -43,14 +51,21 @@ def tracked_eigenpairs(
     steps while nothing happens; at once when the residuals of the start exceed a fifth of the largest wanted eigenvalue
     or the length of the hint has changed by a factor of 1.5; and 1, 3, 7 and 15 steps after such an alarm.
 
+    Where a snapshot is not to search, the Rayleigh-Ritz values of the last vectors, for k products.
+
     Every (name, k, tol) has a track of its own, so no number depends on who else is measured. Cost: k + 1 products a
     step at least, one for each vector that is followed further, 6 or more to explore; memory: at most 2 k + 4 vectors.
     """
     key = ("eigenpairs", name, k, tol)
+    carry = {} if at.carry is None else at.carry
+    last = Track(**carry[key]) if key in carry else None
+    if not at.search and last is not None:
+        found = last.vectors  # what a search at this step would start from stays as it is
+        return at.shared(
+            ("quotients", *key), lambda: eigsh(A, k, tol=tol, start=found, random_columns=0, max_matvecs=k)
+        )
 
     def solve() -> Eigenpairs:
-        carry = {} if at.carry is None else at.carry
-        last = Track(**carry[key]) if key in carry else None
         length = 1.0 if hint is None else float(torch.linalg.vector_norm(hint, dtype=torch.float64))
         start, swollen, random = None, False, 0
         if last is not None:

@@ -25,10 +25,17 @@ from .registry import diagnostic
 def trajectory_distance(at: Snapshot, *, run: str | os.PathLike | None = None) -> Measurement:
     """Euclidean distance of w_t to the point w'_t of another trajectory at the same step.
 
-    `run` is the folder of a run that saved its trajectory, such as `gradient_flow(..., run=...)` with the learning rate of
-    this run, which is then at step t where the flow is at time lr·t. Without `run` the other point is the first one of this
-    run that was measured: the distance travelled. `error` is the error of the other point: the estimated error of
-    integration for a flow, 0 for a run. A step that the trajectory lacks has no value.
+    Estimator: `run` is the folder of a run that saved its trajectory, such as `gradient_flow(..., run=...)` with the
+    learning rate of this run, which is then at step t where the flow is at time lr·t. Without `run` the other point is
+    the first one of this run that was measured: the distance travelled.
+
+    Error: that of the other point: the estimated error of integration for a flow, 0 for a run.
+
+    Fails: no value at a step that the trajectory lacks. A flow with another learning rate is compared at another time,
+    and nothing says so.
+
+    Args:
+        run: folder of the other run; default the own start.
 
     Raises:
         ValueError: the trajectory is of a model with another number of parameters.

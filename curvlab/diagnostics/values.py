@@ -16,13 +16,30 @@ from .registry import diagnostic
 
 @diagnostic("L", formula="(1/N) Σ ℓ_i", kind="exact", cost="1 gradient, shared")
 def loss(at: Snapshot) -> Measurement:
-    """The training loss at w, over the whole measuring set, without penalties."""
+    """The training loss at w, over the whole measuring set, without penalties and weight decay.
+
+    Estimator: one pass over the data, summed in float64; the gradient of the same pass is shared.
+
+    Fails: it differs from what a training loop prints where the model has dropout or BatchNorm, whose eval mode is
+    measured by default, where batches are augmented, and where means over batches of unequal size are averaged.
+    """
     return exact(at.value, at.objective)
 
 
 @diagnostic("‖∇L‖", formula="‖(1/N) Σ g_i‖", kind="exact", cost="1 gradient, shared")
 def gradient_norm(at: Snapshot) -> Measurement:
-    """Euclidean norm of the full gradient at w; its square is tr(S_n) (Lee 2022, sec. 2)."""
+    """Euclidean norm of the full gradient at w; its square is tr(S_n).
+
+    Estimator: the norm, in float64, of the gradient of one pass over the data.
+
+    Error: the floor has the rounding of a sum of N gradients of their typical length, which counts near a minimum,
+    where they cancel.
+
+    Fails: of a sample of the data it is too large, because noise adds to its square; `population_size` does not mend it
+    here, but does in `gradient_concentration` and `instability`.
+
+    Source: Lee 2022, sec. 2.
+    """
     found = exact(at.gradient.double().norm(), at.objective)
     return replace(found, floor=found.floor + at.gradient_floor)
 
@@ -37,7 +54,12 @@ def gradient_norm(at: Snapshot) -> Measurement:
 def batch_gradient_norm(at: Snapshot) -> Measurement:
     """Norm of the gradient that the step is about to use, of the one batch that was drawn (not an expectation).
 
-    In the mode in which the model trains, so with dropout or BatchNorm it is not that of the measured loss.
+    Estimator: read from the gradient that training has computed, that of penalties included.
+
+    Fails: one draw; its mean square over batches is `gradient_second_moment_trace`. It belongs to the mode in which the
+    model trains, so with dropout or BatchNorm it is not that of the measured loss.
+
+    Source: Novack et al. 2022 (arXiv 2211.15853), App. C.1, where it sets the step of external grafting.
     """
     assert at.batch_gradient is not None
     return exact(at.batch_gradient.double().norm(), at.objective)
@@ -50,7 +72,13 @@ def batch_gradient_norm(at: Snapshot) -> Measurement:
     cost="1 forward pass",
 )
 def train_accuracy(at: Snapshot) -> Measurement:
-    """Share of training examples (by weight) classified correctly at w."""
+    """Share of training examples (by weight) classified correctly at w.
+
+    Estimator: one forward pass, in eval mode unless the objective says otherwise.
+
+    Fails: no value where the outputs are not (B, C) with C of at least 2, where the targets are neither class indices
+    nor probabilities, or where a `batch_loss` calls the model itself.
+    """
     return _accuracy(at.objective, at.w)
 
 
@@ -62,7 +90,14 @@ def train_accuracy(at: Snapshot) -> Measurement:
     needs=["test"],
 )
 def test_loss(at: Snapshot) -> Measurement:
-    """Mean loss over the held-out data at w; exact for that set, no statement about the population."""
+    """Mean loss over the held-out data at w.
+
+    Estimator: one forward pass of the held-out data.
+
+    Error: exact for that set; no statement about the population, of which it is a sample.
+
+    Fails: on data that were used to choose settings it is too small; keep a validation set beside it.
+    """
     assert at.test is not None
     return exact(at.test.value(_in(at.test, at.w)), at.test)
 
@@ -75,7 +110,14 @@ def test_loss(at: Snapshot) -> Measurement:
     needs=["test"],
 )
 def test_accuracy(at: Snapshot) -> Measurement:
-    """Share of held-out examples classified correctly at w; exact for that set, no statement about the population."""
+    """Share of held-out examples (by weight) classified correctly at w.
+
+    Estimator: one forward pass of the held-out data.
+
+    Error: exact for that set; no statement about the population, of which it is a sample.
+
+    Fails: no value where `train_accuracy` has none. On data that were used to choose settings it is too high.
+    """
     assert at.test is not None
     return _accuracy(at.test, _in(at.test, at.w))
 
