@@ -70,7 +70,7 @@ class Budget:
         return item not in self.seconds or (count % STRIDE ** self.levels.get(item, 0) == 0 and not self.in_debt)
 
     def plan(self, spacing: Mapping[str, float], updates: Iterable[str] = ()) -> None:
-        """Choose the levels anew, for items that are due once in so many steps; `updates` get what is left, a third at least."""
+        """Choose the levels anew, for items that are due every so many steps; `updates` get the rest, a third at least."""
         if not self.steps:
             return
         income = MARGIN * self.share * self.trained / self.steps * (0.5 if self.loan else 1.0)
