@@ -75,7 +75,7 @@ def eigsh(
     next pair is followed only while one more round might lift it above the wanted ones.
 
     Cost: 13-22 products for k=1 and tol=1e-2 on loss Hessians when cold, a few when warm. Memory: at most `max_basis`
-    vectors and as many images, twice that for a moment when the basis grows, and 3 (k + 1 + guards) vectors for Ritz
+    vectors and as many images, up to twice that while the basis grows, and 3 (k + 1 + guards) vectors for Ritz
     pairs and their residuals. Vectors, products and the small projected matrix stay on the device; each round reads a few
     scalars to decide whether to stop.
 
@@ -119,8 +119,9 @@ def eigsh(
     max_matvecs = max(k, max_matvecs if max_matvecs is not None else 300 + 20 * k)
     eps = torch.finfo(A.dtype).eps
 
-    V = _start_block(A, k, start, random_columns, min(max_basis, max_matvecs), generator)
-    AV = _product(A, V)
+    basis = _Columns(_start_block(A, k, start, random_columns, min(max_basis, max_matvecs), generator))
+    images = _Columns(_product(A, basis.matrix))
+    V, AV = basis.matrix, images.matrix
     T = _symmetric(V.T @ AV)
     warm = start is not None
     explore, explored = not warm or random_columns > 0, 0
@@ -161,14 +162,15 @@ def eigsh(
         if V.shape[1] + len(wanted) > max_basis:
             keep = min(max(k + 1, max_basis // 2), V.shape[1])
             wanted = wanted[: max_basis - keep]
-            V, AV, T = V @ Y[:, :keep], AV @ Y[:, :keep], torch.diag(theta[:keep])
+            basis, images, T = _Columns(V @ Y[:, :keep]), _Columns(AV @ Y[:, :keep]), torch.diag(theta[:keep])
+            V, AV = basis.matrix, images.matrix
         B = orthonormalize(R[:, wanted], V, min_norm=float(floor) / 4)
         if B.shape[1] == 0:  # the basis is invariant to rounding: nothing is left to find in it
             break
         AB = _product(A, B)
         cross = (V.T @ AB).double()
         T = torch.cat([torch.cat([T, cross], 1), torch.cat([cross.T, _symmetric(B.T @ AB)], 1)])
-        V, AV = torch.cat([V, B], 1), torch.cat([AV, AB], 1)
+        V, AV = basis.append(B), images.append(AB)
         matvecs += B.shape[1]
         lead = AB[:, -1:] if leads else lead
 
@@ -195,25 +197,56 @@ def eigsh(
 def orthonormalize(B: Tensor, against: Tensor | None = None, *, min_norm: float = 0.0) -> Tensor:
     """An orthonormal basis of the columns of B, orthogonal to the orthonormal columns of `against`.
 
-    Gram-Schmidt, twice ("twice is enough"): as a block against `against`, column by column among themselves. Columns that
-    keep less than `min_norm`, or no more than rounding of their length, are dropped, so the result may have fewer columns.
+    Gram-Schmidt, twice ("twice is enough"): as a block against `against`, with unit length in between; then column by
+    column among themselves, where a short remainder is mostly rounding and goes through all of it again. Columns that keep
+    less than `min_norm`, or no more than rounding of their length, are dropped, so the result may have fewer columns.
     """
-    before = torch.linalg.vector_norm(B, dim=0)
-    alive = before > min_norm
-    B = B[:, alive] / before[alive]
     Q = B[:, :0] if against is None else against
-    for _ in range(2):
-        B = B - Q @ (Q.T @ B)
-    fixed = Q.shape[1]
+    B = _unit(B, min_norm)
+    B = _unit(B - Q @ (Q.T @ B), 100 * torch.finfo(B.dtype).eps)
+    B = B - Q @ (Q.T @ B)
+    found = B[:, :0]
     for v in B.T:
-        for _ in range(2):
-            v = v - Q @ (Q.T @ v)
+        v = v - found @ (found.T @ v)
         length = torch.linalg.vector_norm(v)
-        if bool(length > 100 * torch.finfo(B.dtype).eps):
-            v = v / length
-            v = v - Q @ (Q.T @ v)  # a short remainder is mostly rounding
-            Q = torch.cat([Q, (v / torch.linalg.vector_norm(v))[:, None]], 1)
-    return Q[:, fixed:]
+        if bool(length <= 100 * torch.finfo(B.dtype).eps):
+            continue
+        v = v / length
+        if found.shape[1]:
+            v = v - Q @ (Q.T @ v)
+            v = v - found @ (found.T @ v)
+        found = torch.cat([found, (v / torch.linalg.vector_norm(v))[:, None]], 1)
+    return found
+
+
+def _unit(B: Tensor, shortest: float) -> Tensor:
+    """The columns that are longer than `shortest`, at unit length."""
+    lengths = torch.linalg.vector_norm(B, dim=0)
+    alive = lengths > shortest
+    return B[:, alive] / lengths[alive]
+
+
+class _Columns:
+    """A matrix that grows by columns in place, each contiguous; its memory doubles when it is full."""
+
+    def __init__(self, first: Tensor) -> None:
+        self._rows, self._count = first.T.contiguous(), first.shape[1]
+
+    @property
+    def matrix(self) -> Tensor:
+        """(P, m), a view."""
+        return self._rows[: self._count].T
+
+    def append(self, B: Tensor) -> Tensor:
+        """The matrix with the columns of B after its own."""
+        count = self._count + B.shape[1]
+        if count > len(self._rows):
+            rows = self._rows.new_empty(max(2 * len(self._rows), count), B.shape[0])
+            rows[: self._count] = self._rows[: self._count]
+            self._rows = rows
+        self._rows[self._count : count] = B.T
+        self._count = count
+        return self.matrix
 
 
 def _start_block(
