@@ -10,7 +10,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from .guard import random_states
 
@@ -252,6 +260,7 @@ def _read(data: Any, pairs: bool) -> list[Any]:
                 "the DataLoader streams an IterableDataset, which cannot be read twice in the same order; "
                 "pass a list of batches: data=list(loader)"
             )
+        _visits_all(data)
         if data.batch_sampler is None:  # automatic batching is off: an item of the dataset is a batch
             return _items(data.dataset, lambda items: data.collate_fn(items[0]), 1)
         return _items(data.dataset, data.collate_fn, data.batch_size or 1)
@@ -269,6 +278,21 @@ def _read(data: Any, pairs: bool) -> list[Any]:
         f"data is a {type(data).__name__}, which may not give the same batches twice; pass (inputs, targets) "
         "tensors, a Dataset, a DataLoader, or a list of batches such as list(iterator)"
     )
+
+
+def _visits_all(loader: DataLoader) -> None:
+    """Refuse a loader whose sampler leaves examples out or takes some twice: it would be read as its whole data set."""
+    sampler, batches, n = loader.sampler, loader.batch_sampler, len(loader.dataset)  # type: ignore[arg-type]
+    drawn = isinstance(sampler, SubsetRandomSampler | WeightedRandomSampler) or (
+        isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != n)
+    )
+    listed = isinstance(batches, list | tuple) and sorted(i for batch in batches for i in batch) != list(range(n))
+    if drawn or listed:
+        kind = type(sampler if drawn else batches).__name__
+        raise ValueError(
+            f"the DataLoader draws by a {kind}, which need not visit each example once, as a mean over the data set does; "
+            "pass a DataLoader of torch.utils.data.Subset(dataset, indices), or the batches: list(loader)"
+        )
 
 
 def _items(dataset: Any, collate: Callable[[list[Any]], Any], group: int) -> list[Any]:

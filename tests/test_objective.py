@@ -760,6 +760,11 @@ REFUSALS = {
         "has a subset of the model's parameters.*measure the subset with Monitor",
         lambda: cl.train(L := objective(parameters="bias"), torch.optim.SGD(L.variables(), lr=0.1), []),
     ),
+    "sampled_loader": (
+        ValueError,
+        r"the DataLoader draws by a SubsetRandomSampler, which need not visit each example once.*Subset\(dataset, indices\)",
+        lambda: objective(data=DataLoader(TensorDataset(X, Y), sampler=torch.utils.data.SubsetRandomSampler([1, 2]))),
+    ),
     "sharded": (
         ValueError,
         "FullyShardedDataParallel, which has parts of the parameters on each rank",

@@ -253,7 +253,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="population_size is 1 for 2 examples"):
         cl.Objective(model, "squared_error", data, population_size=1)
     with pytest.raises(ValueError, match="population_size is 5 for 2 weighted examples"):
-        cl.Objective(model, "squared_error", data, population_size=5, weights=torch.ones(2))
+        cl.Objective(model, "squared_error", data, population_size=5, weights=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="at least 3 groups of examples, got 2"):
         cl.measure(cl.Objective(model, "squared_error", data, population_size=5), ["gradient_variance"])
 
