@@ -13,11 +13,14 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 demo: $(READY)
 	$(BIN)/curvlab run
 
+# One process for each core, and one thread in each: small models gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
 test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check
