@@ -33,7 +33,8 @@ _HOME = {
     "Run": "runs",
 }
 _MODULES = (
-    "claims", "diagnostics", "landscape", "linalg", "methods", "operators", "plots", "problems", "regularizers", "sweep",
+    "claims", "diagnostics", "integrations", "landscape", "linalg", "methods", "operators", "plots", "problems",
+    "regularizers", "sweep", "tables",
 )  # fmt: skip
 
 __all__ = [
@@ -41,8 +42,8 @@ __all__ = [
     "LinearOperator", "Eigenpairs", "eigsh", "trace", "spectral_density", "dense",
     "hessian", "ggn", "fisher", "gradient_second_moment", "gradient_covariance",
     "diagnostic", "measure", "train", "gradient_flow", "Monitor", "Run",
-    "claims", "diagnostics", "landscape", "linalg", "methods", "operators", "plots", "problems", "regularizers",
-    "sweep",
+    "claims", "diagnostics", "integrations", "landscape", "linalg", "methods", "operators", "plots", "problems",
+    "regularizers", "sweep", "tables",
 ]  # fmt: skip
 
 

@@ -37,7 +37,12 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
         yield
         return
     flags = [(module, module.training) for module in model.modules()]
-    compiled = any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) for module, _ in flags)
+    marks = (
+        "_orig_mod",
+        "_compiled_call_impl",
+        "_compiler_ctx",
+    )  # torch.compile(module), module.compile(), Lightning's
+    compiled = any(getattr(module, mark, None) is not None for module, _ in flags for mark in marks)
     recurrent = any(isinstance(module, nn.RNNBase) for module, _ in flags)
     patched = [vars(module) for module, _ in flags if {"forward", "_original_forward"} <= vars(module).keys()]
     casting = [state["forward"] for state in patched]  # accelerate's mixed precision

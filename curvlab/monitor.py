@@ -141,7 +141,7 @@ class Monitor:
         self._last: int | None = None
         self._left = time.perf_counter()
         self._warned: set[str] = set()
-        self._announced = 0
+        self._announced = self._logged = 0
         self._used: tuple[Tensor, int] | None = None
         self._probe = min(L.variables(), key=lambda p: p.numel())
         self._hook = None
@@ -223,7 +223,7 @@ class Monitor:
         """What later measurements depend on, as tensors and plain values: to be saved with the training's own checkpoint."""
         return {
             "last": self._last,
-            "log_size": self.run.size if self.run else 0,
+            "log_size": self.run.size if self.run else self._logged,
             "carry": dict(self.carry),
             "counts": dict(self._counts),
             "budget": self.budget and dataclasses.asdict(self.budget),
@@ -246,6 +246,7 @@ class Monitor:
             self._hook = None
         if self.run is not None:
             self.run.save("final", {"step": self._last, "complete": True})
+            self._logged = self.run.size
             self.run.close()
             self.run = None
 
@@ -397,12 +398,12 @@ class Monitor:
 def flat(measurements: Mapping[str, Measurement]) -> dict[str, float]:
     """Measurements as trackers take them: one number each, under names such as "curvlab/sharpness".
 
-    Errors go under ".../error", entries of curves under their coordinate, such as "curvlab/instability/32"; what has no
+    Errors go under "..._error", entries of curves under their coordinate, such as "curvlab/instability/32"; what has no
     value is left out.
 
     Example:
         >>> flat({"sharpness": Measurement(2.0, 0.5, "bound")})
-        {'curvlab/sharpness': 2.0, 'curvlab/sharpness/error': 0.5}
+        {'curvlab/sharpness': 2.0, 'curvlab/sharpness_error': 0.5}
     """
     found: dict[str, float] = {}
     for name, m in measurements.items():
@@ -414,7 +415,7 @@ def flat(measurements: Mapping[str, Measurement]) -> dict[str, float]:
             if np.isfinite(value):
                 found[f"curvlab/{name}{suffix}"] = value
                 if point.kind != "exact" and np.isfinite(error):
-                    found[f"curvlab/{name}{suffix}/error"] = error
+                    found[f"curvlab/{name}{suffix}_error"] = error
     return found
 
 

@@ -132,7 +132,7 @@ class Run:
         Raises:
             RuntimeError: the run was opened for reading, or closed.
         """
-        os.ftruncate(self._writable(), size)
+        os.ftruncate(self._writable(), min(size, self.size))  # beyond its end a file would grow by zeros
         self._cache = (-1, [])
 
     def _writable(self) -> int:

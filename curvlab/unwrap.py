@@ -44,4 +44,6 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside the wrapper of Lightning, Fabric or accelerate."""
-    return unwrap_optimizer(optimizer.optimizer) if type(optimizer).__name__ in _OPTIMIZERS else optimizer
+    # Fabric's and Lightning's wrappers give each object a class of its own, such as FabricSGD, below the one named here.
+    wrapped = any(base.__name__ in _OPTIMIZERS for base in type(optimizer).__mro__)
+    return unwrap_optimizer(optimizer.optimizer) if wrapped else optimizer

@@ -1,17 +1,27 @@
 """The command line as a user types it: behavioural; the numbers are those of the library, tested elsewhere."""
 
+import configparser
+import csv
+import io
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
+from typing import ClassVar
 
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 
-from curvlab import Run
+import curvlab as cl
+from curvlab import Run, tables
 from curvlab.cli import main
 from curvlab.problems import Experiment, build, start
 
@@ -28,12 +38,10 @@ def main_job(tmp_path_factory):
 
 def test_the_main_job_shows_the_edge_of_stability(main_job, capsys):
     assert main(["claims", str(main_job), "--json"]) == 0
-    verdicts = {v["claim"]: v for v in json.loads(capsys.readouterr().out)}
-    assert {name: v["decision"] for name, v in verdicts.items()} == {
-        "edge_of_stability": "holds",
-        "interaction_edge": "holds",
-        "quadratic_loss_difference": "holds",
-    }
+    decisions = {v["claim"]: v["decision"] for v in json.loads(capsys.readouterr().out)}
+    edge = ("edge_of_stability", "interaction_edge", "quadratic_loss_difference")
+    assert {name: decisions[name] for name in edge} == dict.fromkeys(edge, "holds")
+    assert "does not hold" not in decisions.values()
     run = Run(main_job)
     late = slice(300, None)
     assert 1.0 < np.median(run.series("sharpness").values[late]) * 0.1 < 1.2
@@ -196,6 +204,11 @@ def test_list_names_everything(capsys):
         (["claims", "/nowhere"], "holds no run"),
         (["measure", "/nowhere"], "holds no run"),
         (["plot"], "name at least one run"),
+        (["plot", "/nowhere", "--quantities", "loss"], "--quantities says what --bands shows; give both"),
+        (["export"], "name at least one run"),
+        (["export", "/nowhere"], "holds no run"),
+        (["watch", "/nowhere"], "/nowhere holds no run; to wait for one that is about to start, add --wait"),
+        (["watch", "/nowhere", "--interval", "0"], "--interval is 0.0; expected a number of seconds above 0"),
         (["sweep"], "name what to sweep: a preset, or one of the studies novack-digits"),
         (["sweep", "nonsense"], "there is no preset 'nonsense'; there are novack-digits, edge-of-stability"),
         (["sweep", "control", "--seeds", "a"], "seeds are 'a'"),
@@ -231,6 +244,20 @@ def test_help_answers_without_loading_torch(command):
     assert "--lr" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "option"), [("measure", "--checkpoint"), ("watch", "--once"), ("export", "--wide"), ("plot", "--bands")]
+)
+def test_commands_on_runs_load_no_torch_for_help(command, option):
+    code = (
+        f"import sys; sys.argv = ['curvlab', '{command}', '--help']\n"
+        "try:\n from curvlab.cli import main; main()\n"
+        "finally:\n assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert option in done.stdout
+
+
 def test_ctrl_c_leaves_a_readable_run(tmp_path):
     folder = tmp_path / "r"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -252,3 +279,275 @@ def test_ctrl_c_leaves_a_readable_run(tmp_path):
     final = run.load("final")
     assert final["step"] >= run.records[-1]["step"]
     assert "verdict" in out
+
+
+def test_seeds_are_drawn_together_and_exported(tmp_path, capsys):
+    for seed in range(2):
+        asked = Experiment(
+            diagnostics=("loss", "sharpness"), steps=12, n=64, hidden=(8,), init_seed=seed, data_seed=seed
+        )
+        list(start(asked, 16, run=tmp_path / "runs" / "deep" / str(seed)).snapshots)
+    assert main(["plot", str(tmp_path / "runs"), "--bands", "--quantities", "sharpness"]) == 0
+    figure = tmp_path / "runs" / "deep" / "bands.png"
+    assert capsys.readouterr().out == f"{figure}\n"
+    assert matplotlib.image.imread(figure)[..., :3].std() > 0.05
+    assert main(["export", str(tmp_path / "runs"), "--wide"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    runs = [Run(tmp_path / "runs" / "deep" / str(seed)) for seed in range(2)]
+    assert [float(row["sharpness"]) for row in rows] == [v for run in runs for v in run.series("sharpness").values]
+    assert main(["export", str(runs[0].path), "--out", str(tmp_path / "all.csv")]) == 0
+    text = io.StringIO()
+    tables.to_csv(runs[0], text)
+    assert (tmp_path / "all.csv").read_text() == text.getvalue()
+
+
+def test_what_has_no_columns_is_named(tmp_path, capsys):
+    run = Run.create(tmp_path / "r", {})
+    for step in range(2):
+        density = {"value": [1.0], "error": 0.0, "kind": "exact", "axis": ["eigenvalue", [float(step)]]}
+        run.append({"step": step, "measurements": {"hessian_density": density}})
+    assert main(["export", str(run.path), "--wide"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == "run,step"
+    assert "left out hessian_density, whose coordinates change from step to step" in err
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    run = Run.create(tmp_path / "r", {})
+    for step in range(2000):
+        run.append({"step": step, "measurements": {"loss": {"value": 1.0 / (1 + step), "error": 0.0, "kind": "exact"}}})
+    for command in (["export", str(run.path)], ["watch", str(run.path), "--interval", "0.05"], ["list"]):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "curvlab", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        if command[0] != "list":
+            process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 141
+
+
+class TestWatch:
+    """On logs that grow while they are watched."""
+
+    CONFIG: ClassVar = {
+        "training": {"optimizer": {"name": "SGD", "momentum": 0.0}, "batch_size": 32, "batches": {"steps": 50}}
+    }
+
+    def record(self, step, **values):
+        curve = {
+            "value": [1.0, 8.0],
+            "error": [0.1, 0.1],
+            "kind": "sem",
+            "df": [3.0, 3.0],
+            "axis": ["batch_size", [8, 32]],
+        }
+        measured = {name: {"value": v, "error": 0.0, "kind": "exact"} for name, v in values.items()}
+        if "loss" in values:
+            measured["instability"] = curve
+        return {"step": step, "lr": 0.2, "threshold": 10.0, "seconds": 0.5, "measurements": measured}
+
+    def finish(self, run):
+        run.close()
+        (run.path / "final.pt").write_bytes(b"")
+
+    def test_a_line_for_each_record_until_the_end(self, tmp_path, capsys):
+        run = Run.create(tmp_path / "r", self.CONFIG)
+        run.append(self.record(0, loss=2.0, sharpness=5.0))
+
+        def train():
+            time.sleep(0.15)
+            run.append(self.record(1, loss=1.0, sharpness=None))
+            half = json.dumps(self.record(2, loss=0.5, sharpness=12.5)) + "\n"
+            for part in (half[:40], half[40:]):  # as seen by a reader in between
+                with (run.path / "measurements.jsonl").open("a") as stream:
+                    stream.write(part)
+                time.sleep(0.15)
+            run.append(self.record(4, gradient_norm=1.0))
+            self.finish(run)
+
+        thread = threading.Thread(target=train)
+        thread.start()
+        assert main(["watch", str(run.path), "--interval", "0.02"]) == 0
+        thread.join()
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        head = ["step", "loss", "sharpness", "(of", "2/lr)", "instability", "(of", "2/lr)", "seconds"]
+        assert rows[0] == head
+        assert rows[1] == ["0", "2", "5", "(0.50)", "8", "(0.80)", "0.5"]
+        assert rows[2] == ["1", "1", "-", "8", "(0.80)", "0.5"]
+        assert rows[3] == ["2", "0.5", "12.5", "(1.25)", "8", "(0.80)", "0.5"]
+        assert rows[4] == [*head[:-1], "gradient_norm", "seconds"]  # which is new
+        assert rows[5] == ["4", "1", "0.5"]
+        text = [" ".join(row) for row in rows]
+        assert text[6:8] == ["", f"step 4 of 50, ended; 4 records, 2.0 s of measuring ({run.path})"]
+        assert text[8] == "loss █▃▁ 0.5 0.5 to 2"
+        assert text[9] == "sharpness (of 2/lr) ▁█ 12.5 (1.25) 5 to 12.5"
+
+    def test_once_says_where_a_run_stands(self, tmp_path, capsys):
+        run = Run.create(tmp_path / "r", self.CONFIG)
+        assert main(["watch", str(run.path), "--once"]) == 0
+        assert capsys.readouterr().out == f"no records yet ({run.path})\n"
+        run.append(self.record(0, loss=2.0, sharpness=5.0))
+        with (run.path / "measurements.jsonl").open("a") as stream:
+            stream.write('{"step": 1, "mea')
+        assert main(["watch", str(run.path), "--once", "--quantities", "sharpness"]) == 0
+        out = capsys.readouterr().out
+        assert "step 0 of 50, last record 0.0 s ago; 1 record, 0.5 s of measuring" in out
+        assert "sharpness (of 2/lr)  ▁  5 (0.50)" in out
+        assert "loss" not in out
+        assert main(["watch", str(run.path), "--once", "--quantities", "sharpnes"]) == 2
+        assert "has no sharpnes; it has loss, sharpness, instability, lr, threshold, seconds" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("optimizer", "threshold", "expected"),
+        [
+            ({"name": "SGD"}, None, {"sharpness (of 2/lr)": "5 (0.50)", "interaction_sharpness (of 2ρ_b/lr)": "2 (0.80)"}),
+            ({"name": "SGD", "momentum": 0.9}, 19.0,
+             {"sharpness (of threshold)": "5 (0.26)", "interaction_sharpness (of ρ_b·threshold)": "2 (0.42)"}),
+            ({"name": "Adam"}, 20.0,
+             {"sharpness": "5", "preconditioned_sharpness (of threshold)": "8 (0.40)", "interaction_sharpness": "2"}),
+        ],
+    )  # fmt: skip
+    def test_each_curvature_has_the_threshold_of_the_optimizer(self, tmp_path, capsys, optimizer, threshold, expected):
+        run = Run.create(tmp_path / "r", {"training": {"optimizer": optimizer}})
+        names = {
+            "sharpness": 5.0,
+            "preconditioned_sharpness": 8.0,
+            "interaction_sharpness": 2.0,
+            "gradient_concentration": 0.25,
+        }
+        record = {
+            "step": 0,
+            "lr": 0.2,
+            "measurements": {n: {"value": v, "error": 0, "kind": "exact"} for n, v in names.items()},
+        }
+        run.append(record | ({"threshold": threshold} if threshold else {}))
+        assert main(["watch", str(run.path), "--once"]) == 0
+        rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+        found = {
+            row[0].strip(): [cell.strip() for cell in row if cell.strip()][2] for row in rows if "▁" in "".join(row)
+        }
+        assert expected.items() <= found.items()
+
+    def test_a_run_that_goes_back_is_read_again(self, tmp_path, capsys):
+        run = Run.create(tmp_path / "r", self.CONFIG)
+        for step in range(6):
+            run.append(self.record(step, loss=1.0 + step))
+        (run.path / "final.pt").write_bytes(b"")
+        os.utime(run.path / "final.pt", (1, 1))  # of the interrupted run: long before the log was last written
+
+        def train():
+            time.sleep(0.15)
+            run.truncate(len((run.path / "measurements.jsonl").read_bytes()) // 3)
+            run.append(self.record(2, loss=9.0))
+            time.sleep(0.15)
+            self.finish(run)
+
+        thread = threading.Thread(target=train)
+        thread.start()
+        assert main(["watch", str(run.path), "--interval", "0.02"]) == 0
+        thread.join()
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [row[:2] for row in rows if row and row[0].isdigit()] == [[str(t), f"{1 + t}"] for t in range(6)] + [
+            ["2", "9"]
+        ]
+
+    def test_a_log_of_something_else_is_refused(self, tmp_path, capsys):
+        run = Run.create(tmp_path / "r", self.CONFIG)
+        (run.path / "measurements.jsonl").write_text("this\nthat\n")
+        assert main(["watch", str(run.path)]) == 2
+        assert "has a line that is no JSON; it was not written by a run" in capsys.readouterr().err
+
+    def test_a_folder_of_runs_is_named(self, tmp_path, capsys):
+        Run.create(tmp_path / "r", self.CONFIG)
+        assert main(["watch", str(tmp_path)]) == 2
+        assert f"holds no run; watch one of {tmp_path / 'r'}" in capsys.readouterr().err
+
+    def test_runs_of_a_monitor_and_of_train_are_followed_alike(self, tmp_path, capsys):
+        x, y = torch.randn(16, 3), torch.randn(16, 1)
+        for name in ("monitor", "train"):
+            model = torch.nn.Linear(3, 1)
+            sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+            L = cl.Objective(model, "squared_error", (x, y))
+            if name == "train":
+                list(
+                    cl.train(
+                        L, sgd, cl.Batches(16, 16, steps=3), diagnostics=["loss", "sharpness"], run=tmp_path / name
+                    )
+                )
+            else:
+                options = {"optimizer": sgd, "run": tmp_path / name, "announce": None}
+                with cl.Monitor(L, ["loss", "sharpness"], **options) as monitor:
+                    for step in range(3):
+                        monitor(step, batch_loss=1.0)
+            assert main(["watch", str(tmp_path / name)]) == 0
+            lines = capsys.readouterr().out.splitlines()
+            assert lines[0].split() == ["step", "loss", "sharpness", "(of", "2/lr)", "seconds"]
+            assert [line.split()[0] for line in lines[1:4]] == ["0", "1", "2"]
+            assert "ended; 3 records" in lines[5]
+
+    def start(self, folder, *options, **streams):
+        return subprocess.Popen(
+            [sys.executable, "-m", "curvlab", "watch", str(folder), "--interval", "0.05", *options], text=True, **streams,
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "60", "LINES": "30"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
+
+    def test_it_waits_for_a_run_and_ends_with_ctrl_c(self, tmp_path):
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = self.start(tmp_path / "r", "--wait", **streams)
+        assert "waiting for a run" in process.stderr.readline()
+        Run.create(tmp_path / "r", self.CONFIG).append(self.record(0, loss=2.0))
+        assert process.stdout.readline().split()[:2] == ["step", "loss"]
+        assert process.stdout.readline().split()[:2] == ["0", "2"]
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (0, "")
+        assert "step 0 of 50, last record" in out
+        waiting = self.start(tmp_path / "other", "--wait", **streams)
+        waiting.stderr.readline()
+        waiting.send_signal(signal.SIGINT)
+        assert (waiting.wait(30), waiting.stderr.read()) == (0, "")
+        waiting.stdout.close()
+        waiting.stderr.close()
+
+    def test_on_a_terminal_it_draws_over_itself(self, tmp_path):
+        run = Run.create(tmp_path / "r", self.CONFIG)
+        run.append(self.record(0, loss=2.0, sharpness=5.0))
+        ours, theirs = pty.openpty()
+        process = self.start(run.path, stdin=theirs, stdout=theirs, stderr=subprocess.STDOUT)
+        os.close(theirs)
+        seen = self.until(ours, "8 to 8")
+        run.append(self.record(1, loss=1.0, sharpness=15.0))
+        seen = self.until(ours, "15 (1.50)")
+        assert "\x1b[" in seen
+        assert "F\x1b[J" in seen
+        self.finish(run)
+        seen = self.until(ours, "ended")
+        assert process.wait(30) == 0
+        assert max(map(len, seen.replace("\x1b[J", "").split("\r\n"))) <= 70
+        os.close(ours)
+
+    def until(self, terminal, text):
+        seen, deadline = b"", time.monotonic() + 30
+        while text.encode() not in seen and time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.1)[0]:
+                seen += os.read(terminal, 4096)
+        assert text.encode() in seen, seen
+        return seen.decode(errors="replace")
+
+
+def test_the_citation_states_what_the_package_does():
+    root = Path(__file__).parents[1]
+    cited = dict(line.split(": ", 1) for line in (root / "CITATION.cff").read_text().splitlines() if ": " in line)
+    metadata = configparser.ConfigParser()
+    metadata.read(root / "setup.cfg")
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["  - name"] == metadata["metadata"]["author"]
+    for ours, theirs in (
+        ("title", "name"),
+        ("version", "version"),
+        ("license", "license"),
+        ("abstract", "description"),
+    ):
+        assert cited[ours] == metadata["metadata"][theirs]

@@ -283,7 +283,7 @@ def test_trackers_get_flat_numbers():
     assert calls == [numbers for _, numbers in tracker.seen]
     found = made.found[0]
     assert first["curvlab/sharpness"] == found["sharpness"].value
-    assert first["curvlab/sharpness/error"] == found["sharpness"].error
+    assert first["curvlab/sharpness_error"] == found["sharpness"].error
     assert first["curvlab/instability/24"] == found["instability"].select(batch_size=24).value
     assert first["curvlab/threshold"] == pytest.approx(2 / 0.05)
     assert {"curvlab/lr", "curvlab/batch_loss"} <= set(first)

@@ -1,8 +1,9 @@
-"""The command line: run a preset, sweep, measure a saved run, judge it, draw it."""
+"""The command line: run a preset, sweep, measure a run or a model of one's own, follow, judge, draw and export runs."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,9 +12,14 @@ USAGE = """usage: curvlab COMMAND ...
   run [PRESET] [options]    train, measure every step, judge and draw; default preset: edge-of-stability
   sweep PRESET [options]    run a preset or a study over grids and seeds; one table and one figure
   measure RUN [options]     measure the final point of a run
+  measure --model package.module:make_model --data package.module:make_data [--checkpoint FILE] [options]
+                            measure a model of one's own
+  watch RUN [options]       follow a run while it trains
   landscape RUN [options]   draw the loss around the final point of a run
   claims RUN ... [--json]   what runs say about the papers' claims
-  plot RUN ...              draw the figures of runs
+  plot RUN ... [--bands]    draw the figures of runs, or what runs of several seeds have in common
+  export RUN ... [options]  what was measured as CSV
+  explain [NAME]            what a quantity or an error means, and how it is estimated
   list                      presets, studies, diagnostics, regularizers, methods, models, data sets and claims
 
 `curvlab COMMAND --help` lists the options of a command.
@@ -24,6 +30,9 @@ COMMANDS = {
     "sweep": "sweeping",
     "measure": "points",
     "landscape": "points",
+    "watch": "watching",
+    "export": "exporting",
+    "explain": "explaining",
     "claims": "reading",
     "plot": "reading",
     "list": "reading",
@@ -33,6 +42,16 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        return 141  # as the shell has it for the signal
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0

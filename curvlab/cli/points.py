@@ -1,62 +1,158 @@
-"""`curvlab measure` and `curvlab landscape`: the final point of a run."""
+"""`curvlab measure` and `curvlab landscape`: the final point of a run, or a model of one's own."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from .text import table
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..objective import Objective
+
+PLAIN, INTERACTION = ("loss", "gradient_norm", "sharpness"), ("interaction_sharpness", "instability")
+OWN = ("parameters", "population_size", "device", "dtype", "chunk_size", "memory")  # settings of `Objective`
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is measured, and what is known of the training there."""
+
+    name: str
+    objective: Objective
+    w: Tensor | None = None
+    step: int | None = None
+    batch_size: int | None = None
+    replacement: bool = False
+    lr: float | None = None
+    test: Objective | None = None
+
 
 def measure_command(arguments: list[str]) -> int:
     def options(
-        run: Annotated[Path, tyro.conf.Positional],
-        diagnostics: tuple[str, ...] = ("loss", "gradient_norm", "sharpness", "interaction_sharpness", "instability"),
+        run: Annotated[Path | None, tyro.conf.Positional] = None,
+        model: str = "",
+        data: str = "",
+        checkpoint: Path | None = None,
+        loss: str = "",
+        diagnostics: tuple[str, ...] = (),
         batch_size: tuple[int, ...] = (),
+        lr: float | None = None,
         seed: int = 0,
         json: bool = False,
         figure: Path | None = None,
+        parameters: tuple[str, ...] = (),
+        population_size: int | None = None,
+        device: str | None = None,
+        dtype: Literal["float32", "float64"] | None = None,
+        chunk_size: int | None = None,
+        memory: str | None = None,
     ) -> dict[str, Any]:
-        """Measure the final point of a run that `curvlab run` made.
+        """Measure the final point of a run that `curvlab run` made, or a model of one's own.
 
         Args:
             run: Folder of the run.
-            diagnostics: What to measure (see `curvlab list`).
-            batch_size: b of S_b; several give a curve; default that of training.
-            seed: Of the random probes.
+            model: Instead of a run: package.module:make_model, a function that returns the nn.Module, or the module itself.
+                The current directory is importable.
+            data: With --model: package.module:make_data, a function that returns (inputs, targets), a Dataset, a DataLoader,
+                or a list of batches; or one of these.
+            checkpoint: With --model: a state dict that torch.save wrote, also inside a training checkpoint; or final.pt of
+                a run of curvlab.train. Default: the parameters that the model has.
+            loss: With --model: cross_entropy (the default), squared_error, binary_cross_entropy, token, next_token, or
+                package.module:loss, such as torch.nn:CrossEntropyLoss.
+            diagnostics: What to measure (see `curvlab list`); default loss, gradient_norm, sharpness, and where b is known
+                interaction_sharpness and instability.
+            batch_size: b of S_b; several give a curve; default that of the run.
+            lr: Learning rate, for what depends on a step; default that of the run.
+            seed: Of the random probes, and with --model of what the functions draw.
             json: Print JSON.
             figure: Draw what has an axis (spectra, layers, curves) to this file.
+            parameters: With --model: names or patterns of the parameters that are measured, such as 'head.*'; default all.
+            population_size: With --model: how many examples training has, where the data are a sample of them.
+            device: With --model: where to measure; default where the model is.
+            dtype: With --model: precision of measuring; default that of the model.
+            chunk_size: With --model: examples evaluated at once; default what fits in memory.
+            memory: With --model: budget for kept graphs, such as 2GiB.
         """
         return locals()
 
     asked = tyro.cli(options, args=arguments, prog="curvlab measure")
+    _one_source(asked)
     from ..point import measure
-    from ..problems.experiments import final_point
 
-    end = final_point(asked["run"])
-    experiment, L = end.experiment, end.problem.objective
-    sizes = asked["batch_size"]
-    size = (sizes if len(sizes) > 1 else sizes[0]) if sizes else end.batch_size
+    at = _of_run(asked) if asked["run"] else _of_model(asked)
+    sizes = asked["batch_size"] or (() if at.batch_size is None else (at.batch_size,))
+    lr = at.lr if asked["lr"] is None else asked["lr"]
+    names = asked["diagnostics"] or (*PLAIN, *(INTERACTION if sizes else ()))
     found = measure(
-        L, asked["diagnostics"], w=end.w, batch_size=size, replacement=experiment.replacement, lr=experiment.lr,
-        test=end.problem.test, seed=asked["seed"],
+        at.objective, names, w=at.w, batch_size=sizes if len(sizes) > 1 else sizes[0] if sizes else None,
+        replacement=at.replacement, lr=lr, test=at.test, seed=asked["seed"],
     )  # fmt: skip
     if asked["json"]:
         measured = {name: m.to_dict() for name, m in found.items()}
-        print(json.dumps({"step": end.step, "measurements": measured}, indent=2))
+        print(json.dumps({"step": at.step, "measurements": measured}, indent=2))
     else:
-        print(
-            f"{asked['run']}, step {end.step}, N = {L.size}, P = {L.num_params}, b = {size}, 2/lr = {2 / experiment.lr:.5g}"
-        )
+        print(_heading(at, sizes, lr))
         print(_measurement_table(found))
     if asked["figure"]:
         from .. import plots
 
-        plots.measurements(found, title=f"{asked['run'].name}, step {end.step}").savefig(asked["figure"], dpi=150)
+        title = Path(at.name).name + ("" if at.step is None else f", step {at.step}")
+        plots.measurements(found, title=title).savefig(asked["figure"], dpi=150)
     return 0
+
+
+def _one_source(asked: dict[str, Any]) -> None:
+    """Refuse both a run and a model, neither of them, and settings that the other would have."""
+    if bool(asked["run"]) == bool(asked["model"]):
+        raise ValueError(
+            "measure takes a run or a model: curvlab measure RUN, or curvlab measure --model package.module:make_model "
+            "--data package.module:make_data --checkpoint weights.pt"
+        )
+    if asked["model"] and not asked["data"]:
+        raise ValueError(f"--model {asked['model']} needs data: add --data package.module:make_data")
+    odd = [name for name in ("data", "loss", "checkpoint", *OWN) if asked["run"] and asked[name] not in (None, "", ())]
+    if odd:
+        listing = ", ".join(f"--{name.replace('_', '-')}" for name in odd)
+        raise ValueError(f"{listing}: settings of a model of one's own (--model); a run states its own, leave them out")
+
+
+def _of_run(asked: dict[str, Any]) -> Point:
+    from ..problems.experiments import final_point
+
+    end = final_point(asked["run"])
+    return Point(
+        str(asked["run"]), end.problem.objective, end.w, end.step, end.batch_size, end.experiment.replacement,
+        end.experiment.lr, end.problem.test,
+    )  # fmt: skip
+
+
+def _of_model(asked: dict[str, Any]) -> Point:
+    from .own import objective
+
+    given = {name: asked[name] for name in OWN if asked[name] not in (None, ())}
+    L, step = objective(
+        asked["model"],
+        asked["data"],
+        asked["loss"] or "cross_entropy",
+        seed=asked["seed"],
+        checkpoint=asked["checkpoint"],
+        **given,
+    )
+    return Point(str(asked["checkpoint"] or asked["model"]), L, step=step)
+
+
+def _heading(at: Point, sizes: tuple[int, ...], lr: float | None) -> str:
+    L = at.objective
+    parts = [at.name, "" if at.step is None else f"step {at.step}", f"N = {L.size}", f"P = {L.num_params}"]
+    parts += [f"b = {', '.join(map(str, sizes))}" if sizes else "", f"2/lr = {2 / lr:.5g}" if lr else ""]
+    return ", ".join(part for part in parts if part)
 
 
 def _measurement_table(found: dict[str, Any]) -> str:

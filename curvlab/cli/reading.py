@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ import tyro
 
 from ..problems.presets import ABOUT
 from ..problems.studies import STUDIES
-from ..runs import Run
+from ..runs import CONFIG, Run
 from .text import table, verdict_table
 
 
@@ -31,7 +32,7 @@ def claims_command(arguments: list[str]) -> int:
     paths, as_json = tyro.cli(options, args=arguments, prog="curvlab claims")
     from ..claims import check
 
-    verdicts = check(_expand(paths))
+    verdicts = check(expand(paths))
     print(
         json.dumps([dataclasses.asdict(v) for v in verdicts], indent=2, default=float)
         if as_json
@@ -42,20 +43,33 @@ def claims_command(arguments: list[str]) -> int:
 
 def plot_command(arguments: list[str]) -> int:
     def options(
-        runs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path | None = None
-    ) -> tuple[tuple[Path, ...], Path | None]:
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+        out: Path | None = None,
+        bands: bool = False,
+        quantities: tuple[str, ...] = (),
+    ) -> tuple[tuple[Path, ...], Path | None, bool, tuple[str, ...]]:
         """Draw the figures of runs, as PNG and PDF.
 
         Args:
             runs: Run folders, or folders of runs.
             out: Folder of the figures; default that of the runs.
+            bands: One figure for all runs instead: of those that differ only in seeds, mean and 95% interval at each step.
+            quantities: What --bands shows; default loss and sharpness.
         """
-        return runs, out
+        return runs, out, bands, quantities
 
-    paths, out = tyro.cli(options, args=arguments, prog="curvlab plot")
-    from ..plots import plot
+    paths, out, together, quantities = tyro.cli(options, args=arguments, prog="curvlab plot")
+    from .. import plots
 
-    for path in plot(_expand(paths), out):
+    if quantities and not together:
+        raise ValueError("--quantities says what --bands shows; give both")
+    runs = expand(paths)
+    if together:
+        place = out or (runs[0].path if len(runs) == 1 else Path(os.path.commonpath([run.path.parent for run in runs])))
+        drawn = plots.save({place / "bands": plots.bands(runs, quantities)})
+    else:
+        drawn = plots.plot(runs, out)
+    for path in drawn:
         print(path)
     return 0
 
@@ -98,12 +112,12 @@ def _first_lines(entries: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [(name, (entry.__doc__ or "").strip().splitlines()[0]) for name, entry in entries.items()]
 
 
-def _expand(paths: Sequence[Path]) -> list[Run]:
-    """Run folders, and the runs inside folders that are none."""
-    found: list[Run] = []
+def expand(paths: Sequence[Path]) -> list[Run]:
+    """Run folders, and the runs inside folders that are none, at any depth; each once."""
+    found: dict[Path, None] = {}
     for path in paths:
-        inside = sorted((p.parent for p in path.glob("*/config.json")), key=lambda p: (len(p.name), p.name))
-        found += [Run(p) for p in inside] if inside and not (path / "config.json").exists() else [Run(path)]
+        inside = [] if (path / CONFIG).exists() else sorted(file.parent for file in path.rglob(CONFIG))
+        found |= dict.fromkeys(sorted(inside, key=lambda p: (p.parent, len(p.name), p.name)) or [path])
     if not found:
         raise ValueError("name at least one run folder, such as runs/edge-of-stability-...")
-    return found
+    return [Run(path) for path in found]

@@ -35,7 +35,7 @@ def measurements(found: Mapping[str, Measurement], *, title: str = "") -> Figure
     rows = -(-len(curves) // columns)
     figure, axes = axes_of(rows, columns, figsize=(4.4 * columns, 3.2 * rows), squeeze=False)
     for ax, (name, m) in zip(axes.flat, curves.items(), strict=False):
-        _curve(ax, m)
+        curve(ax, m)
         ax.set_title(name, fontsize=9, loc="left")
         ax.tick_params(labelsize=8)
     for ax in axes.flat[len(curves) :]:
@@ -44,7 +44,8 @@ def measurements(found: Mapping[str, Measurement], *, title: str = "") -> Figure
     return figure
 
 
-def _curve(ax: Axes, m: Measurement) -> None:
+def curve(ax: Axes, m: Measurement) -> None:
+    """A quantity over its axis, with 95% intervals."""
     assert m.axis is not None
     name, points = m.axis
     value = np.asarray(m.value)

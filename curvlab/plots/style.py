@@ -35,6 +35,15 @@ def fill(axes: Axes, x: Any, y: Any, low: Any, high: Any, colour: Any, label: st
     axes.fill_between(x, low, high, color=colour, alpha=0.25, lw=0)
 
 
+def colours(count: int) -> list[Any]:
+    """So many colours that can be told apart."""
+    if count <= 6:
+        return [BLUE, RED, GREEN, ORANGE, PURPLE, BLACK][:count]
+    from matplotlib import colormaps
+
+    return [colormaps["turbo"](i / (count - 1)) for i in range(count)]
+
+
 def save(figures: Mapping[Path, Figure]) -> list[Path]:
     """Save each figure as PNG and PDF under its path without suffix; returns the PNG paths."""
     for path, figure in figures.items():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .style import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, axes_of
+from .style import BLACK, BLUE, GREEN, RED, axes_of, colours
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ def _curves(shown: Sequence[Summary], axis: str, label: str, scale: float, title
     figure, ax = axes_of(1, figsize=(6.4, 4.2))
     x = _positions(ax, [s.point[0][1] for s in shown], axis)
     rows = list(dict.fromkeys(s.label for s in shown))
-    for row, colour in zip(rows, _colours(len(rows)), strict=True):
+    for row, colour in zip(rows, colours(len(rows)), strict=True):
         members = sorted((s for s in shown if s.label == row), key=lambda s: x[s.point[0][1]])
         places = [x[s.point[0][1]] for s in members]
         ax.errorbar(
@@ -143,11 +143,3 @@ def _key(text: str) -> tuple[bool, float, str]:
         return False, float(text), text
     except ValueError:
         return True, 0.0, text
-
-
-def _colours(count: int) -> list:
-    if count <= 6:
-        return [BLUE, RED, GREEN, ORANGE, PURPLE, BLACK][:count]
-    from matplotlib import colormaps
-
-    return [colormaps["turbo"](i / (count - 1)) for i in range(count)]

@@ -227,8 +227,8 @@ def from_config(config: dict[str, Any]) -> tuple[Experiment, int]:
     stored = config.get("experiment")
     if not isinstance(stored, dict):
         raise ValueError(
-            "the run does not state an experiment, so its model and data are unknown here; measure it with "
-            "curvlab.measure(L, names, w=Run(path).load('final')['params'])"
+            "the run does not state an experiment, so its model and data are unknown here; name them: curvlab measure "
+            "--model package.module:make_model --data package.module:make_data --checkpoint file.pt"
         )
     odd = sorted(set(stored) - {field.name for field in dataclasses.fields(Experiment)})
     if odd:
