@@ -93,7 +93,7 @@ class Run:
             raise FileExistsError(
                 f"{folder} already holds a run, which is never overwritten; choose another folder or delete it"
             ) from None
-        _write(folder / CONFIG, json.dumps(_plain(config | {"provenance": provenance()}), indent=2).encode())
+        write_whole(folder / CONFIG, json.dumps(_plain(config | {"provenance": provenance()}), indent=2).encode())
         run = cls(folder)
         run._file = log
         return run
@@ -209,7 +209,7 @@ class Run:
 
         buffer = io.BytesIO()
         torch.save(tensors, buffer)
-        return _write(self.path / f"{name}.pt", buffer.getvalue())
+        return write_whole(self.path / f"{name}.pt", buffer.getvalue())
 
     def save_trajectory(
         self,
@@ -332,7 +332,8 @@ def _plain(x: Any) -> Any:
     return str(x)
 
 
-def _write(file: Path, content: bytes) -> Path:
+def write_whole(file: Path, content: bytes) -> Path:
+    """Write to a temporary file first, so that the file is whole or absent."""
     temporary = file.with_name(file.name + ".tmp")
     with open(temporary, "wb") as stream:
         stream.write(content)

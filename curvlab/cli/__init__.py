@@ -18,6 +18,8 @@ USAGE = """usage: curvlab COMMAND ...
   landscape RUN [options]   draw the loss around the final point of a run
   claims RUN ... [--json]   what runs say about the papers' claims
   plot RUN ... [--bands]    draw the figures of runs, or what runs of several seeds have in common
+  compare RUN RUN ...       draw the same quantities of several runs over each other
+  report RUN ...            configuration, figures, claims and costs as one HTML file
   export RUN ... [options]  what was measured as CSV
   explain [NAME]            what a quantity or an error means, and how it is estimated
   list                      presets, studies, diagnostics, regularizers, methods, models, data sets and claims
@@ -32,6 +34,8 @@ COMMANDS = {
     "landscape": "points",
     "watch": "watching",
     "export": "exporting",
+    "report": "reporting",
+    "compare": "reporting",
     "explain": "explaining",
     "claims": "reading",
     "plot": "reading",

@@ -58,6 +58,11 @@ def bands(runs: Sequence[Run], names: Sequence[str] | None = None) -> Figure:
     return figure
 
 
+def common(runs: Sequence[Run]) -> list[str]:
+    """What all runs measured and is one number a step, in the order of the first."""
+    return [name for name in runs[0].names if all(_has(run, name) and run.series(name).axis is None for run in runs)]
+
+
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs whose configurations are equal but for seeds, under what makes the group differ from the others."""
     settings = [_flat(_without_seeds(run.config)) for run in runs]

@@ -34,7 +34,19 @@ CURVATURES = ("sharpness", "preconditioned_sharpness", "interaction_sharpness")
 
 
 def plot(runs: Run | Sequence[Run], folder: str | Path | None = None) -> list[Path]:
-    """Draw every figure that the logs allow and save each as PNG and PDF; returns the PNG paths.
+    """Draw every figure that the logs allow (see `figures`) and save each as PNG and PDF; returns the PNG paths.
+
+    Args:
+        folder: where; default the run's folder, or the parent of several.
+
+    Raises:
+        ValueError: no run, or none with a measurement.
+    """
+    return save(figures(runs, folder))
+
+
+def figures(runs: Run | Sequence[Run], folder: str | Path | None = None) -> dict[Path, Figure]:
+    """Every figure that the logs allow, under the path, without suffix, where it would be saved.
 
     Every run gives `quantities`, everything that was measured. One run gives `edge_of_stability` (Lee 2022, fig. 4a-c)
     and, with expected loss differences, `loss_difference` (figs. 1, 2). Several runs with different batch sizes also
@@ -47,21 +59,21 @@ def plot(runs: Run | Sequence[Run], folder: str | Path | None = None) -> list[Pa
         ValueError: no run, or none with a measurement.
     """
     runs = [runs] if isinstance(runs, Run) else list(runs)
-    figures: dict[Path, Figure] = {}
+    found: dict[Path, Figure] = {}
     sizes = {str(training(run).get("batch_size")) for run in runs}
     if len(sizes) > 1 and all(_over_batch_sizes(run) for run in runs):
-        figures[Path(folder or runs[0].path.parent) / "batch_sizes"] = batch_sizes(runs)
+        found[Path(folder or runs[0].path.parent) / "batch_sizes"] = batch_sizes(runs)
     for run in runs:
         place = Path(folder) if folder is not None and len(runs) == 1 else run.path
         if {*CURVATURES} & set(run.names):
-            figures[place / "edge_of_stability"] = edge_of_stability(run)
+            found[place / "edge_of_stability"] = edge_of_stability(run)
         if {"expected_loss_difference", "instability", "gradient_norm"} <= set(run.names):
-            figures[place / "loss_difference"] = loss_difference(run)
+            found[place / "loss_difference"] = loss_difference(run)
         if run.names:
-            figures[place / "quantities"] = quantities(run)
-    if not figures:
+            found[place / "quantities"] = quantities(run)
+    if not found:
         raise ValueError("nothing to draw: no run has measurements; ask for some with train(diagnostics=...)")
-    return save(figures)
+    return found
 
 
 def _over_batch_sizes(run: Run) -> bool:
