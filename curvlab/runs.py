@@ -236,27 +236,39 @@ class Run:
             FileNotFoundError: it was not saved.
             ValueError: the file is damaged, or holds something else.
         """
-        import pickle
-        import zipfile
-
-        import torch
-
         file = self.path / f"{name}.pt"
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file} does not exist; a run saves its final parameters when it ends or is interrupted"
             )
-        try:
-            with zipfile.ZipFile(file) as archive:  # torch.load does not notice a flipped byte
-                damaged = archive.testzip()
-        except zipfile.BadZipFile:
-            damaged = "the archive"
-        if damaged:
-            raise ValueError(f"{file} is damaged ({damaged}); measure another run, or run again")
-        try:
-            return torch.load(file, map_location=device, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(f"{file} holds more than tensors and plain values and is not read ({error})") from None
+        return read_tensors(file, device)
+
+
+def read_tensors(file: Path, device: str | None = "cpu") -> Any:
+    """The content of a file of `torch.save`: tensors and plain values, nothing is executed.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else.
+    """
+    import pickle
+    import zipfile
+
+    import torch
+
+    try:
+        with zipfile.ZipFile(file) as archive:  # torch.load does not notice a flipped byte
+            damaged = archive.testzip()
+    except zipfile.BadZipFile:
+        damaged = "it is no archive of torch.save"
+    if damaged:
+        raise ValueError(f"{file} is damaged, or was not written by torch.save ({damaged}); save it, or run, again")
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError):
+        raise ValueError(
+            f"{file} holds more than tensors and plain values, such as a whole model, and is not read; save the "
+            "state dict alone: torch.save(model.state_dict(), 'weights.pt')"
+        ) from None
 
 
 def provenance() -> dict[str, Any]:

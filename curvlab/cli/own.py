@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..checks import trainable
 from ..objective import Objective
+from ..runs import read_tensors
 from ..unwrap import unwrap
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts put the state dict
@@ -141,25 +142,9 @@ def read(file: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: the file is damaged, or holds something else.
     """
-    import pickle
-    import zipfile
-
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; --checkpoint is a file of torch.save(model.state_dict(), ...)")
-    try:
-        with zipfile.ZipFile(file) as archive:  # torch.load does not notice a flipped byte
-            damaged = archive.testzip()
-    except zipfile.BadZipFile:
-        damaged = "it is no archive of torch.save"
-    if damaged:
-        raise ValueError(f"{file} is damaged, or was not written by torch.save ({damaged}); save the state dict again")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError):
-        raise ValueError(
-            f"{file} holds more than tensors and plain values, such as a whole model, and is not read; save the state dict "
-            "alone: torch.save(model.state_dict(), 'weights.pt')"
-        ) from None
+    content = read_tensors(file)
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{file} holds a {type(content).__name__}; expected a state dict: torch.save(model.state_dict(), ...)"
