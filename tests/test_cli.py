@@ -210,7 +210,7 @@ def test_list_names_everything(capsys):
         (["watch", "/nowhere"], "/nowhere holds no run; to wait for one that is about to start, add --wait"),
         (["watch", "/nowhere", "--interval", "0"], "--interval is 0.0; expected a number of seconds above 0"),
         (["sweep"], "name what to sweep: a preset, or one of the studies novack-digits"),
-        (["sweep", "nonsense"], "there is no preset 'nonsense'; there are novack-digits, edge-of-stability"),
+        (["sweep", "nonsense"], "there is no preset 'nonsense'; there are novack-digits, novack-sparse"),
         (["sweep", "control", "--seeds", "a"], "seeds are 'a'"),
         (["sweep", "control", "--grid", "colour=red"], "there is no setting 'colour' to vary"),
         (["sweep", "novack-digits", "--tuning-seeds", "0,9"], "seeds [0] are for tuning and for the table"),

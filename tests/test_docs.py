@@ -69,7 +69,9 @@ def table() -> str:
     rows = []
     for name, d in DIAGNOSTICS.items():
         costs = [cost(counted[name][key]) for key in ("point", "step")]
-        rows.append([f"[`{name}`](curvlab/docs/quantities/{name}.md)", cell(d.symbol), cell(d.formula), d.kind, d.cost, *costs])
+        rows.append(
+            [f"[`{name}`](curvlab/docs/quantities/{name}.md)", cell(d.symbol), cell(d.formula), d.kind, d.cost, *costs]
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 

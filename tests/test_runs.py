@@ -365,7 +365,9 @@ def test_a_damaged_file_is_refused(run, damage):
     file.write_bytes(
         {"truncated": content[: len(content) // 2], "flipped": content, "empty": b"", "text": b"hello"}[damage]
     )
-    with pytest.raises(ValueError, match=r"state.pt is damaged, or was not written by torch.save .*; save it, or run, again"):
+    with pytest.raises(
+        ValueError, match=r"state.pt is damaged, or was not written by torch.save .*; save it, or run, again"
+    ):
         run.load("state")
 
 

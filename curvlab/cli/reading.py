@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -19,25 +19,33 @@ from .text import table, verdict_table
 
 def claims_command(arguments: list[str]) -> int:
     def options(
-        runs: Annotated[tuple[Path, ...], tyro.conf.Positional], json: bool = False
-    ) -> tuple[tuple[Path, ...], bool]:
+        runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+        json: bool = False,
+        by: Literal["run", "data"] = "run",
+        all: bool = False,
+    ) -> tuple[tuple[Path, ...], bool, str, bool]:
         """What runs say about the papers' claims; several runs are also judged together.
 
         Args:
             runs: Run folders, or folders of runs.
             json: Print JSON.
+            by: data: a row a claim and a column a data set, with the papers' own numbers, and reversals marked.
+            all: Also list the claims that do not apply to these runs.
         """
-        return runs, json
+        return runs, json, by, all
 
-    paths, as_json = tyro.cli(options, args=arguments, prog="curvlab claims")
+    paths, as_json, by, every = tyro.cli(options, args=arguments, prog="curvlab claims")
     from ..claims import check
+    from ..claims.datasets import by_data_set, lines
 
-    verdicts = check(expand(paths))
-    print(
-        json.dumps([dataclasses.asdict(v) for v in verdicts], indent=2, default=float)
-        if as_json
-        else verdict_table(verdicts)
-    )
+    if by == "data":
+        rows = by_data_set(expand(paths))
+        head, *body = lines(rows)
+        text, found = table(head, body), [dataclasses.asdict(row) for row in rows]
+    else:
+        verdicts = check(expand(paths))
+        text, found = verdict_table(verdicts, every=every), [dataclasses.asdict(v) for v in verdicts]
+    print(json.dumps(found, indent=2, default=float) if as_json else text)
     return 0
 
 
@@ -116,7 +124,15 @@ def expand(paths: Sequence[Path]) -> list[Run]:
     """Run folders, and the runs inside folders that are none, at any depth; each once."""
     found: dict[Path, None] = {}
     for path in paths:
-        inside = [] if (path / CONFIG).exists() else sorted(file.parent for file in path.rglob(CONFIG))
+        inside = (
+            []
+            if (path / CONFIG).exists()
+            else sorted(
+                file.parent
+                for file in path.rglob(CONFIG)
+                if "tuning" not in file.relative_to(path).parts  # not for verdicts
+            )
+        )
         found |= dict.fromkeys(sorted(inside, key=lambda p: (p.parent, len(p.name), p.name)) or [path])
     if not found:
         raise ValueError("name at least one run folder, such as runs/edge-of-stability-...")

@@ -16,14 +16,17 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> str:
-    """What runs say about claims."""
+def verdict_table(verdicts: Sequence[Verdict], *, every: bool = False) -> str:
+    """What runs say about claims; those that do not apply are counted, or with `every` listed."""
     rows = []
-    for v in verdicts:
+    applicable = [v for v in verdicts if v.decision != "not applicable"]
+    for v in verdicts if every else applicable:
         number = (
             ""
             if v.statistic is None or v.interval is None
             else f"{v.statistic:.3f} [{v.interval[0]:.3f}, {v.interval[1]:.3f}]"
         )
         rows.append((v.claim, v.run, v.decision, number, v.reason))
-    return table(("claim", "run", "verdict", "statistic, 95%", "why"), rows)
+    shown = table(("claim", "run", "verdict", "statistic, 95%", "why"), rows)
+    others = 0 if every else len(verdicts) - len(applicable)
+    return shown + f"\n\n{others} verdicts are not applicable; --all says why" * (others > 0)

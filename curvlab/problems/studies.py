@@ -132,7 +132,7 @@ STUDIES: dict[str, Study] = {
             batch_size=_LARGE,
             micro_batch=16,
             steps=400,
-            diagnostics=("batch_gradient_norm", "test_accuracy"),
+            diagnostics=("batch_gradient_norm", "microbatch_gradient_norm", "test_accuracy"),
         ),
         _NOVACK,
         baselines=("LB", "SB"),
@@ -148,6 +148,32 @@ STUDIES: dict[str, Study] = {
         ),
         margin=0.005,
         scale=100.0,
+    ),
+    "novack-sparse": Study(
+        "small batches and small micro-batches find sparser solutions (Novack et al. 2022, tables 1-3, on a diagonal net)",
+        Experiment(
+            data="sparse_regression",
+            n=20,
+            model="diagonal_linear",
+            loss="squared_error",
+            dtype="float64",
+            lr=0.06,
+            batch_size=(20,),
+            steps=1100,
+            micro_batch=1,
+            every=10,
+            diagnostics=("loss", "test_loss", "batch_gradient_norm"),
+        ),
+        {
+            "SB": Row({"batch_size": (1,), "every": 1}, about="small batches"),
+            "LB": Row(about="large batches"),
+            **{
+                f"GN-{m}": Row({"penalty": ("gradient_norm=0.03",), "micro_batch": m}, about=f"large batches, GN, |M| = {m}")
+                for m in (1, 2, 5, 10, 20)
+            },
+        },
+        metric="test_loss",
+        baselines=("LB", "SB"),
     ),
 }  # fmt: skip
 

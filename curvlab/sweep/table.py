@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from ..claims.regimes import decide
 from ..claims.registry import Decision
 from ..claims.statistics import Estimate
-from ..problems.studies import Row, Sentence, Study
+from ..claims.statistics import mean_over_seeds as estimate
+from ..problems.studies import Row, Study
 from .work import Result, larger_is_better
 
 
@@ -55,23 +57,6 @@ class Judged:
     reason: str = ""
 
 
-def estimate(values: Iterable[float]) -> Estimate:
-    """Mean with its 95% t interval; of infinite width for one value.
-
-    Example:
-        >>> str(estimate([1.0, 2.0, 3.0]))
-        '2 [-0.484, 4.48]'
-    """
-    from scipy.special import stdtrit
-
-    x = np.array(list(values), dtype=float)
-    if len(x) < 2:
-        mean = float(x[0]) if len(x) else math.nan
-        return Estimate(mean, -math.inf, math.inf)
-    half = float(stdtrit(len(x) - 1, 0.975)) * float(x.std(ddof=1)) / math.sqrt(len(x))
-    return Estimate(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
-
-
 def summarize(results: Iterable[Result], metric: str, *, keep: int = 0) -> list[Summary]:
     """Rows and grid points in the order in which they first come, each over its seeds.
 
@@ -107,14 +92,9 @@ def difference(a: Summary, b: Summary) -> Estimate:
 
 
 def judge(study: Study, summaries: Sequence[Summary]) -> list[Judged]:
-    """What the runs say about the sentences of a study, by 95% intervals of paired differences d = a - b and the margin m:
+    """What the runs say about the sentences of a study, by paired differences (see `claims.regimes.decide`).
 
-        above     holds if d > 0 for sure, does not hold if d < m for sure
-        reaches   holds if d > -m for sure, does not hold if d < 0 for sure
-        misses    the opposite of "reaches"
-
-    where "for sure" is the whole interval. Both of a rule may be true of a small difference that is well measured; then
-    the sentence holds. In all other cases it is undecided. A sentence about a gap that is not there is not applicable.
+    A sentence about a gap that is not there is not applicable.
     """
     rows = {summary.label: summary for summary in summaries}
     found = []
@@ -127,20 +107,8 @@ def judge(study: Study, summaries: Sequence[Summary]) -> list[Judged]:
             reason = f"{sentence.gap[0]} is not surely above {sentence.gap[1]} here"
             found.append(Judged(sentence.text, "not applicable", d, reason))
         else:
-            found.append(Judged(sentence.text, _decide(sentence, d, study.margin), d))
+            found.append(Judged(sentence.text, decide(sentence.relation, d, study.margin), d))
     return found
-
-
-def _decide(sentence: Sentence, d: Estimate, margin: float) -> Decision:
-    if not math.isfinite(d.high - d.low):
-        return "undecided"
-    if sentence.relation == "above":
-        return "holds" if d.low > 0 else "does not hold" if d.high < margin else "undecided"
-    reached = d.low > -margin
-    missed = d.high < 0 and not reached
-    if not (reached or missed):
-        return "undecided"
-    return "holds" if reached == (sentence.relation == "reaches") else "does not hold"
 
 
 def better(a: Estimate, b: Estimate, metric: str) -> bool:
