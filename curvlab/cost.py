@@ -17,6 +17,7 @@ from .objective import Objective
 from .snapshot import Snapshot
 
 QUICK = 0.5  # seconds of a rehearsal, below which it is done twice
+WORKSPACE = 2.5  # memory of a kept graph with what its backward passes take, over what the graph keeps
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ def rehearse(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, C
 
     The plan is carried out at the same point for an eighth of the examples or one chunk at most, and a gradient and a
     product are timed there and on a whole chunk. The number of products is taken over. A product will cost what it costs on
-    all of the data; what goes into passes over the data grows like the gradient; the solver's own work, which
-    depends on the number of parameters alone, stays. The peak is that of the graphs that will be kept, the vectors of the
-    products, and what is captured of example gradients.
+    all of the data; what goes into passes over the data grows like the gradient; the solver's own work, which depends on
+    the number of parameters alone, stays. The peak is that of the graphs that will be kept, with the workspace of a
+    backward pass, the vectors of the solver, and what is captured of example gradients.
     """
     L, chunk = at.objective, min(at.objective.size, at.objective.chunk_size)
     some = max(1, min(-(-L.size // 8), chunk))
@@ -54,18 +55,23 @@ def rehearse(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, C
     kept = min(chunks, int(L.memory / 2 / max(1.0, L.graph_bytes * L.chunk_size)))
     gradient, product = (max(a, L.size / chunk * b) for a, b in zip(here, whole, strict=True))
     product += (1 - kept / chunks) * gradient  # graphs that do not fit are rebuilt
-    peak = int(L.graph_bytes * L.chunk_size * min(chunks, kept + 1)) + min(captured, L.memory // 4)
+    graphs = int(WORKSPACE * L.graph_bytes * L.chunk_size * min(chunks, kept + 1)) + min(captured, L.memory // 4)
     costs = {}
     for name, m in part.measurements.items():
         rest = max(0.0, m.seconds - m.matvecs * here[1])  # passes over the data, or the solver's own work
         among_data = passes[name] * here[0] > rest / 2
         rest = rest * gradient / here[0] if among_data else rest + passes[name] * (gradient - here[0])
         seconds = overhead + rest + m.matvecs * product
-        costs[name] = Cost(m.matvecs, chunks, seconds, peak + 2 * min(m.matvecs, 24) * at.w.nbytes)
+        costs[name] = Cost(m.matvecs, chunks, seconds, graphs + _vectors(m.matvecs) * at.w.nbytes)
     products, seconds = (sum(column) for column in zip(*((c.products, c.seconds) for c in costs.values()), strict=True))
     costs[""] = Cost(int(products), chunks, seconds, max(c.bytes for c in costs.values()))
     part.release()
     return costs
+
+
+def _vectors(products: int) -> int:
+    """Vectors of length P at once: a basis of at most some sixty, its images, both again while they grow, Ritz vectors."""
+    return 4 * min(products, 60) + 10
 
 
 def _rehearsed(part: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> tuple[Snapshot, dict[str, float], float]:
