@@ -506,3 +506,11 @@ class TestWhatGoverns:
         for claim in (smith2021_scores.rate_over_batch_size, smith2021_scores.bare_rate_governs):
             verdict = claim([planted(tmp_path / claim.__name__, score=0.9)])
             assert (verdict.decision, "needs 2 seeds" in verdict.reason) == ("not applicable", True)
+
+
+def test_the_orders_of_real_runs(tmp_path):
+    """Fitted through three rates, float64: 2 from the flow on C and 3 from that on C_mod."""
+    made = cl.problems.orders(tmp_path, repeats=(1,))
+    verdict = smith2021.modified_loss_order([Run(path) for path in made])
+    assert verdict.decision == "holds", verdict
+    assert verdict.statistic == pytest.approx(3, abs=0.1)

@@ -19,6 +19,7 @@ _NAMES = {
     "registry": ("MODELS", "DATA", "PARAMETERS", "model", "load", "canonical"),
     "presets": ("Experiment", "PRESETS", "vary"),
     "experiments": ("build", "start", "final_point"),
+    "sgd_and_flows": ("orders",),
     "studies": ("STUDIES", "Study", "Row"),
 }  # fmt: skip
 _HOME = {name: file for file, names in _NAMES.items() for name in names}
