@@ -84,6 +84,18 @@ def real_dtype(variables: dict[str, Tensor], asked: torch.dtype | None) -> torch
     return dtype
 
 
+def usable_device(name: str | None) -> None:
+    """Refuse a device that torch cannot put a tensor on.
+
+    Raises:
+        ValueError: naming it, and why.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
 def memory_bytes(memory: int | str | None, device: torch.device) -> int:
     """A memory budget in bytes; None is an eighth of the machine's memory, or a quarter of the GPU's.
 

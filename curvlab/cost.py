@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,14 +45,17 @@ def rehearse(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, C
     """
     L, chunk = at.objective, min(at.objective.size, at.objective.chunk_size)
     some = max(1, min(-(-L.size // 8), chunk))
-    here, whole = _prices(_restricted(at, some)), _prices(_restricted(at, chunk))
-    part, passes, elapsed = _rehearsed(_restricted(at, some), plan)
+    part = _restricted(at, some)
+    here = _prices(part)
+    whole = here if some == chunk else _prices(_restricted(at, chunk))
+    passes, elapsed = _rehearsed(part, plan)
     if elapsed < QUICK:  # what is slow only once would be a large part of it
-        part, passes, elapsed = _rehearsed(_restricted(at, some), plan)
+        part = part.anew(carry={})
+        passes, elapsed = _rehearsed(part, plan)
     overhead = max(0.0, elapsed - sum(m.seconds for m in part.measurements.values())) / len(plan)
     captured = getattr(part._shared.get("examples"), "_kept_bytes", 0) * L.size // some
     chunks = len(L.pieces(size=L.chunk_size))
-    kept = min(chunks, int(L.memory / 2 / max(1.0, L.graph_bytes * L.chunk_size)))
+    kept = min(chunks, L.graphs_that_fit)
     gradient, product = (max(a, L.size / chunk * b) for a, b in zip(here, whole, strict=True))
     product += (1 - kept / chunks) * gradient  # graphs that do not fit are rebuilt
     graphs = int(WORKSPACE * L.graph_bytes * L.chunk_size * min(chunks, kept + 1)) + min(captured, L.memory // 4)
@@ -74,15 +77,15 @@ def _vectors(products: int) -> int:
     return 4 * min(products, 60) + 10
 
 
-def _rehearsed(part: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> tuple[Snapshot, dict[str, float], float]:
-    """The snapshot with its measurements, passes over its data by name, and seconds."""
+def _rehearsed(part: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, float], float]:
+    """Measure at the snapshot; passes over its data by name, and seconds."""
     passes = {}
     started = time.perf_counter()
     for name, options in plan.items():
         with _passes(part.objective) as seen:
             evaluate(part, {name: options})
         passes[name] = sum(seen) / part.objective.size
-    return part, passes, time.perf_counter() - started
+    return passes, time.perf_counter() - started
 
 
 def _restricted(at: Snapshot, count: int) -> Snapshot:
@@ -91,8 +94,7 @@ def _restricted(at: Snapshot, count: int) -> Snapshot:
     L = at.objective if count == n else at.objective.restricted(torch.arange(count) * n // count)  # data may be sorted
     b = at.batch_size
     fitting = tuple(_share(x, count, n) for x in b) if isinstance(b, tuple) else b and _share(b, count, n)
-    fresh: dict[str, Any] = {"carry": {}, "measurements": {}, "alone": {}, "_shared": {}, "_count": [0]}
-    return replace(at, objective=L, batch=None, batch_size=fitting, **fresh)
+    return at.anew(objective=L, batch=None, batch_size=fitting, carry={})
 
 
 def _share(batch_size: int, count: int, n: int) -> int:

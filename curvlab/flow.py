@@ -15,7 +15,7 @@ from scipy.integrate import DOP853
 from torch import Tensor
 
 from .diagnostics import evaluate, parse, require
-from .diagnostics.registry import Request, batch_sizes
+from .diagnostics.registry import Request, batch_sizes, described
 from .hvp import Engine
 from .objective import Objective
 from .regularizers import registry as regularizers
@@ -107,21 +107,15 @@ def gradient_flow(
     start = L.point(w)
     log = None
     if run is not None:
-        settings = {
-            "objective": L.describe(),
+        settings = described(
+            L, plan, every=every, batch_size=sizes, replacement=replacement, seed=seed, engine=engine
+        ) | {
             "optimizer": {"name": "gradient_flow", "tol": tol},
             "lr": lr,
-            "batch_size": sizes,
-            "replacement": replacement,
-            "every": every,
-            "diagnostics": list(plan.items()),
             "penalties": [(strength, entry.name, options) for strength, entry, options in field.terms],
             "trained_loss": "; ".join(f"{strength} {entry.name} is added" for strength, entry, _ in field.terms)
             or None,
             "micro_batch_size": field.micro_batch_size,
-            "probe_seed": seed,
-            "engine": engine,
-            "threads": torch.get_num_threads(),
         }
         log = Run.create(run, {**(config or {}), "training": settings})
     points = _points(field, start, listed, lr, tol)

@@ -56,8 +56,7 @@ class HessianProducts:
         self.size = sum(chunk.size for chunk in self.chunks)
         self.kept = 0
         if self.engine == "graph":
-            fit = objective.memory / 2 / max(1.0, objective.graph_bytes * objective.chunk_size)
-            self.kept = min(len(self.chunks), int(fit))
+            self.kept = min(len(self.chunks), objective.graphs_that_fit)
         self._graphs: list[_GradientGraph] = []
         self._value_and_gradient: tuple[Tensor, Tensor] | None = None
 

@@ -19,7 +19,7 @@ from . import schedule
 from .budget import Budget
 from .cost import rehearse
 from .diagnostics import evaluate, parse, require
-from .diagnostics.registry import Request, batch_sizes
+from .diagnostics.registry import Request, batch_sizes, described
 from .diagnostics.tracking import UPDATED
 from .hvp import Engine
 from .measurement import Measurement
@@ -149,8 +149,8 @@ class Monitor:
             self._hook = self.optimizer.register_step_post_hook(self._stepped)
         self.run: Run | None = None
         if run is not None and _rank() == 0:
-            described = {**(config or {}), "training": self.describe()}
-            self.run = Run.resume(run, described) if resume else Run.create(run, described)
+            settled = {**(config or {}), "training": self.describe()}
+            self.run = Run.resume(run, settled) if resume else Run.create(run, settled)
 
     def __call__(self, step: int | None = None, *, batch: Any = None, **numbers: Any) -> dict[str, Measurement]:
         """Measure and log what is due at a step; a second call at the same step does nothing.
@@ -204,20 +204,15 @@ class Monitor:
 
     def describe(self) -> dict[str, Any]:
         """What the run's configuration says."""
-        return {
-            "objective": self.L.describe(),
+        return described(
+            self.L, self.plan, every=self.every, batch_size=self.batch_size, replacement=self.replacement,
+            seed=self.seed, engine=self.engine,
+        ) | {
             "optimizer": self._settings(),
             "lr": self.lr,
-            "batch_size": self.batch_size,
-            "replacement": self.replacement,
-            "every": schedule.described(self.every),
             "budget": self.budget and self.budget.share,
-            "diagnostics": list(self.plan.items()),
             "trained_loss": self.L.live_difference(),
-            "probe_seed": self.seed,
-            "engine": self.engine,
-            "threads": torch.get_num_threads(),
-        }
+        }  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """What later measurements depend on, as tensors and plain values: to be saved with the training's own checkpoint."""

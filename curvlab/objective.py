@@ -394,6 +394,11 @@ class Objective:
             return max(1.0, self._saved_bytes(small) / small)
         return max(1.0, (self._saved_bytes(large) - self._saved_bytes(small)) / (large - small))
 
+    @property
+    def graphs_that_fit(self) -> int:
+        """How many chunks may keep a gradient graph in half of `memory`."""
+        return int(self.memory / 2 / max(1.0, self.graph_bytes * self.chunk_size))
+
     # -- internals --------------------------------------------------------------------------------------------------
 
     def _place(self, tensor: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import plots
 from .claims import check
-from .runs import Run, write_whole
+from .runs import Run, flattened, write_whole
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -89,18 +89,9 @@ def _costs(run: Run) -> str:
 
 
 def _origin(run: Run) -> str:
-    rows = sorted(_flat(run.config).items(), key=lambda row: not row[0].startswith("provenance"))
+    settings = [(key, x if isinstance(x, str) else json.dumps(x)) for key, x in flattened(run.config).items()]
+    rows = sorted(settings, key=lambda row: not row[0].startswith("provenance"))
     return f"<h3>{_text(str(run.path.name))}</h3>{_table(('setting', 'value'), rows)}"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value if isinstance(value, str) else json.dumps(value)
-    return found
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -269,6 +270,19 @@ def read_tensors(file: Path, device: str | None = "cpu") -> Any:
             f"{file} holds more than tensors and plain values, such as a whole model, and is not read; save the "
             "state dict alone: torch.save(model.state_dict(), 'weights.pt')"
         ) from None
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted names, such as "training.optimizer.name".
+
+    Example:
+        >>> flattened({"training": {"lr": 0.1, "batch_size": 8}, "seed": 0})
+        {'training.lr': 0.1, 'training.batch_size': 8, 'seed': 0}
+    """
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
 def provenance() -> dict[str, Any]:

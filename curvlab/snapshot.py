@@ -91,6 +91,11 @@ class Snapshot:
         self._asked.add(key)
         return self._shared[key]
 
+    def anew(self, **changes: Any) -> Snapshot:
+        """The same point, with some fields changed, of which nothing is computed yet."""
+        empty: dict[str, Any] = {"measurements": {}, "alone": {}, "_shared": {}, "_prices": {"": 0.0}, "_asked": set()}
+        return replace(self, **{**empty, "_count": [0], **changes})
+
     def spared(self) -> float:
         """Seconds that were not spent since the last call, because others had computed what was asked for."""
         found, self._prices[""] = self._prices[""], 0.0

@@ -18,7 +18,7 @@ from . import schedule
 from .batch_gradient import BatchGradient
 from .batches import Batches
 from .diagnostics import evaluate, parse, require
-from .diagnostics.registry import TRAINED, Request, batch_sizes
+from .diagnostics.registry import TRAINED, Request, batch_sizes, described
 from .guard import get_random_states, set_random_states
 from .hvp import Engine
 from .linalg.probes import generator
@@ -133,8 +133,8 @@ def train(
         "trained": training.trained,
     })  # fmt: skip
     if run is not None:
-        described = {**(config or {}), "training": training.describe(terms)}
-        training.log = Run.resume(run, described) if resume else Run.create(run, described)
+        settled = {**(config or {}), "training": training.describe(terms)}
+        training.log = Run.resume(run, settled) if resume else Run.create(run, settled)
     return training.steps()
 
 
@@ -165,23 +165,18 @@ class _Training:
 
     def describe(self, terms: list) -> dict[str, Any]:
         """What the run's configuration says."""
-        return {
-            "objective": self.L.describe(),
+        return described(
+            self.L, self.plan, every=self.every, batch_size=self.batch_size, replacement=self.replacement,
+            seed=self.seed, engine=self.engine,
+        ) | {
             "optimizer": settings(self.optimizer),
             "lr": learning_rate(self.optimizer),
             "scheduler": type(self.scheduler).__name__ if self.scheduler else None,
             "batches": dataclasses.asdict(self.batches) if isinstance(self.batches, Batches) else None,
-            "batch_size": self.batch_size,
-            "replacement": self.replacement,
-            "every": schedule.described(self.every),
-            "diagnostics": list(self.plan.items()),
             "trained_loss": _trained_loss(self.L, terms),
             "penalties": [[strength, entry.name, options] for strength, entry, options in terms],
             "micro_batch_size": self.micro_batch_size,
-            "probe_seed": self.seed,
-            "engine": self.engine,
-            "threads": torch.get_num_threads(),
-        }
+        }  # fmt: skip
 
     def steps(self) -> Iterator[Snapshot]:
         """Snapshots from where the run stands to its end."""
@@ -232,9 +227,7 @@ class _Training:
         if self.trained is None:
             return at
         own = self.carry.setdefault("trained", {})
-        point = dataclasses.replace(
-            at, objective=self.trained, carry=own, measurements={}, _shared={}, _count=at._count
-        )
+        point = at.anew(objective=self.trained, carry=own, _count=at._count)
         return dataclasses.replace(at, trained=point)
 
     def _measured(self, at: Snapshot, due: dict[str, Any], batch_loss: float) -> dict[str, Any]:

@@ -750,6 +750,11 @@ REFUSALS = {
         r"next_token got outputs of shape \(8, 3\) and targets of shape \(8,\); expected \(B, T, V\) and \(B, T\)",
         lambda: objective(loss="next_token"),
     ),
+    "no_such_device": (
+        ValueError,
+        "device 'abacus' cannot be used",
+        lambda: cl.problems.build(cl.problems.Experiment(device="abacus")),
+    ),
     "no_such_parameters": (
         ValueError,
         "parameters='heads' picks none of the trainable parameters; there are weight, bias",

@@ -33,9 +33,7 @@ class Estimate:
 
 def level(x: np.ndarray) -> Estimate:
     """Mean of ten batch medians, with a t interval (9 degrees of freedom)."""
-    z = batch_medians(x)
-    half = _t(BATCHES - 1) * z.std(ddof=1) / math.sqrt(BATCHES)
-    return Estimate(float(z.mean()), float(z.mean() - half), float(z.mean() + half))
+    return mean_over_seeds(batch_medians(x))
 
 
 def trend(x: np.ndarray) -> Estimate:
@@ -82,10 +80,10 @@ def block_bootstrap(
     return Estimate(float(statistic(x, y)), float(low), float(high))
 
 
-def _t(df: int) -> float:
+def _t(df: int, comparisons: int = 1) -> float:
     from scipy.special import stdtrit
 
-    return float(stdtrit(df, 0.975))
+    return float(stdtrit(df, 1 - 0.025 / comparisons))
 
 
 def mean_over_seeds(values: Iterable[float], *, comparisons: int = 1) -> Estimate:
@@ -99,12 +97,10 @@ def mean_over_seeds(values: Iterable[float], *, comparisons: int = 1) -> Estimat
         >>> str(mean_over_seeds([1.0, 2.0, 3.0]))
         '2 [-0.484, 4.48]'
     """
-    from scipy.special import stdtrit
-
     x = np.array(list(values), dtype=float)
     if len(x) < 2:
         return Estimate(float(x[0]) if len(x) else math.nan, -math.inf, math.inf)
-    half = float(stdtrit(len(x) - 1, 1 - 0.025 / comparisons)) * float(x.std(ddof=1)) / math.sqrt(len(x))
+    half = _t(len(x) - 1, comparisons) * float(x.std(ddof=1)) / math.sqrt(len(x))
     return Estimate(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half)
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..checks import trainable
+from ..checks import trainable, usable_device
 from ..objective import Objective
 from ..runs import read_tensors
 from ..unwrap import unwrap
@@ -61,10 +61,7 @@ def objective(
 
 def _settings(device: str | None = None, dtype: str | None = None, **others: Any) -> dict[str, Any]:
     """As `Objective` takes them."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    usable_device(device)
     return {**others, "device": device, "dtype": None if dtype is None else getattr(torch, dtype)}
 
 

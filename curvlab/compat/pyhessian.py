@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import batch_size, take, tree_map
-from ..linalg import LinearOperator, eigsh, tridiagonal
+from ..linalg import LinearOperator, eigsh, quadrature
 from ..linalg.probes import generator, rademacher
 from ..linalg.trace import sample_mean
 from ..losses import FUNCTIONS
@@ -179,10 +179,9 @@ class hessian:
         nodes, weights = [], []
         for _ in range(n_v):
             v = rademacher((L.num_params,), L.device, L.dtype, generator=self._generator)
-            diagonal, off = tridiagonal(H, v, min(iter, L.num_params))
-            theta, Y = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1))
+            theta, omega = quadrature(H, v, min(iter, L.num_params))
             nodes.append(theta.tolist())
-            weights.append(Y[0].square().tolist())
+            weights.append(omega.tolist())
         longest = max(len(row) for row in nodes)
         nodes = [row + row[-1:] * (longest - len(row)) for row in nodes]
         return nodes, [row + [0.0] * (longest - len(row)) for row in weights]

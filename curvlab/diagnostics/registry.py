@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import schedule
+from ..hvp import Engine
 from ..measurement import Measurement, missing
+from ..objective import Objective
 from ..snapshot import Snapshot
 
 Function = Callable[..., Measurement]
@@ -153,6 +156,29 @@ def require(plan: Mapping[str, Mapping[str, Any]], available: Mapping[str, Any])
         for need in (*needs, "trained") if name.startswith(TRAINED) else needs:
             if available.get(need) is None and options.get(need) is None:
                 raise ValueError(f"diagnostic {name} needs {need}: {NEEDS[need]}")
+
+
+def described(
+    L: Objective,
+    plan: Mapping[str, Mapping[str, Any]],
+    *,
+    every: schedule.Every,
+    batch_size: int | tuple[int, ...] | None,
+    replacement: bool,
+    seed: int,
+    engine: Engine,
+) -> dict[str, Any]:
+    """What the configuration of any run says of what is measured, and how."""
+    return {
+        "objective": L.describe(),
+        "batch_size": batch_size,
+        "replacement": replacement,
+        "every": schedule.described(every),
+        "diagnostics": list(plan.items()),
+        "probe_seed": seed,
+        "engine": engine,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def evaluate(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, Measurement]:

@@ -15,14 +15,8 @@ EXPLORE_EVERY = 16  # measured steps between two searches with a random vector w
 DISTRUST = 0.2  # relative residual of the start in the new matrix, above which a random vector joins at once
 SWELL = 1.5  # ratio of the hint's lengths, either way, above which a random vector joins at once
 TURN = 0.2  # sine of a vector's turn in one step, above which the one before is kept too: at the edge the period is 2
-UPDATED = (
-    "sharpness",
-    "hessian_eigenvalues",
-    "preconditioned_sharpness",
-    "layer_sharpness",
-    "ntk_eigenvalues",
-)  # whose
-# values between two searches may be Rayleigh quotients of the vectors that were found last
+# Whose values between two searches may be Rayleigh quotients of the vectors that were found last.
+UPDATED = ("sharpness", "hessian_eigenvalues", "preconditioned_sharpness", "layer_sharpness", "ntk_eigenvalues")
 GUARDS = 4  # eigenvectors at most that are followed beyond the k that were asked for
 
 

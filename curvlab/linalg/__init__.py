@@ -1,6 +1,6 @@
 """Linear algebra that knows a matrix only by ``A @ V``; a dense tensor is as good as a `LinearOperator`."""
 
-from .density import SpectralDensity, spectral_density, tridiagonal
+from .density import SpectralDensity, quadrature, spectral_density, tridiagonal
 from .lanczos import Eigenpairs, eigsh, orthonormalize
 from .operator import LinearOperator, dense, from_scipy
 from .trace import trace
@@ -13,6 +13,7 @@ __all__ = [
     "eigsh",
     "from_scipy",
     "orthonormalize",
+    "quadrature",
     "spectral_density",
     "trace",
     "tridiagonal",

@@ -85,10 +85,9 @@ def spectral_density(
     weights = torch.zeros_like(nodes)
     like, matvecs = torch.empty(0, dtype=A.dtype, device=A.device), 0
     for i in range(num_probes):
-        diagonal, off = tridiagonal(A, normal((P,), like, generator=generator), steps)
-        theta, Y = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1))
+        theta, omega = quadrature(A, normal((P,), like, generator=generator), steps)
         k = len(theta)
-        nodes[i, :k], weights[i, :k] = theta.cpu(), Y[0].square().cpu()
+        nodes[i, :k], weights[i, :k] = theta.cpu(), omega.cpu()
         nodes[i, k:] = nodes[i, 0]
         matvecs += k
     low, high = float(nodes.min()), float(nodes.max())
@@ -103,6 +102,21 @@ def spectral_density(
     errors = (2 / (P + 2) * (squares - mean.square()).clamp_min(0) / num_probes).sqrt()
     df = (num_probes - 1) * torch.nan_to_num(P * mean.square() / squares, nan=1.0).clamp_min(1)
     return SpectralDensity(grid, mean, errors, df, nodes, weights, sigma, matvecs)
+
+
+def quadrature(A: LinearOperator | Tensor, v: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Nodes θ (k,), ascending, and weights ω (k,), which sum to 1, of the Gauss rule that A and v define; float64.
+
+    Σ ω_j f(θ_j) = vᵀf(A)v/‖v‖², exactly for polynomials f of degree below 2k; k as `tridiagonal`.
+
+    Raises:
+        FloatingPointError: a product is not finite.
+
+    Source: Golub and Welsch 1969.
+    """
+    diagonal, off = tridiagonal(A, v, steps)
+    theta, Y = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1))
+    return theta, Y[0].square()
 
 
 def tridiagonal(A: LinearOperator | Tensor, v: Tensor, steps: int) -> tuple[Tensor, Tensor]:

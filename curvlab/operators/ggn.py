@@ -35,7 +35,7 @@ def ggn(
         raise ValueError(f"output_hessian is {output_hessian!r}; expected 'loss' or 'identity'")
     w = L.point(w)
     chunks, constants = L.pieces(size=L.chunk_size), L.constants()
-    keep = int(L.memory / 2 / max(1.0, L.graph_bytes * L.chunk_size))
+    keep = L.graphs_that_fit
     graphs: dict[int, _OutputGraph] = {}
 
     def matmat(V: Tensor) -> Tensor:

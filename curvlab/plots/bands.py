@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..measurement import half_width
-from ..runs import Run
+from ..runs import Run, flattened
 from .series import Line, adaptive, aligned, legend, scalar, threshold, title
-from .style import BLACK, axes_of, colours
+from .style import BLACK, axes_of, colours, point_marker
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def common(runs: Sequence[Run]) -> list[str]:
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Runs whose configurations are equal but for seeds, under what makes the group differ from the others."""
-    settings = [_flat(_without_seeds(run.config)) for run in runs]
+    settings = [_plain(flattened(_without_seeds(run.config))) for run in runs]
     keys = list(dict.fromkeys(key for one in settings for key in one))
     differing = [key for key in keys if len({one.get(key) for one in settings}) > 1]
     # The same setting is stated by the experiment and again by the training that it gave; the first is the user's.
@@ -128,23 +128,19 @@ def _band(axes: Axes, lines: Sequence[Line], colour: Any, label: str) -> None:
     if len(lines) == 1 or not len(steps):
         what = ", ".join(part for part in (label, "1 run" if len(lines) == 1 else "no step in common") if part)
         for line in lines:
-            axes.plot(line.steps, line.values, color=colour, lw=1, marker=_marker(line), label=what)
+            axes.plot(line.steps, line.values, color=colour, lw=1, marker=point_marker(line.steps), label=what)
             what = ""
         return
     for line in lines:
-        axes.plot(line.steps, line.values, color=colour, lw=0.6, alpha=0.35, marker=_marker(line))
+        axes.plot(line.steps, line.values, color=colour, lw=0.6, alpha=0.35, marker=point_marker(line.steps))
     x = np.stack(values)
     n, mean = len(lines), x.mean(0)
     half = half_width(x.std(0, ddof=1) / np.sqrt(n), "sem", np.full(mean.shape, n - 1.0), 0.0, 0.95)
     every = {step for line in lines for step in line.steps.tolist()}
     parts = [label, f"mean of {n} runs, 95%", f"at the {len(steps)} of {len(every)} steps that all have"]
     text = ", ".join(part for part in parts[: 3 if len(steps) < len(every) else 2] if part)
-    axes.plot(steps, mean, color=colour, lw=1.4, marker=_marker(Line(steps, mean)), label=text)
+    axes.plot(steps, mean, color=colour, lw=1.4, marker=point_marker(steps), label=text)
     axes.fill_between(steps, mean - half, mean + half, color=colour, alpha=0.25, lw=0)
-
-
-def _marker(line: Line) -> str | None:
-    return "o" if len(line.steps) < 3 else None
 
 
 def _mean_threshold(runs: Sequence[Run]) -> Line | None:
@@ -177,19 +173,13 @@ def _heading(groups: Mapping[str, list[Run]]) -> str:
     return f"{title(first, lr=False, batch=False)}: {sum(map(len, groups.values()))} runs"
 
 
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists as text, which can be compared."""
+    return {key: str(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
 def _without_seeds(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         kept = (key for key in tree if not (key in ASIDE or key == "seed" or key.endswith("_seed")))
         return {key: _without_seeds(tree[key]) for key in kept}
     return tree
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted names; lists as text."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = str(value) if isinstance(value, list) else value
-    return found

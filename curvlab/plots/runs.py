@@ -24,7 +24,7 @@ from .series import (
     title,
     training,
 )
-from .style import BLACK, BLUE, GREEN, RED, SHADES, axes_of, fill, save
+from .style import BLACK, BLUE, GREEN, RED, SHADES, axes_of, fill, point_marker, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,7 +101,7 @@ def edge_of_stability(run: Run) -> Figure:
     figure, axes = axes_of(2 if loss else 1, **shape)
     top, bottom = axes if loss else (axes, axes)
     if loss:
-        top.semilogy(loss.steps, loss.values, color=BLACK, lw=1, marker=_marker(loss.steps))
+        top.semilogy(loss.steps, loss.values, color=BLACK, lw=1, marker=point_marker(loss.steps))
         top.set_ylabel(loss.name)
     top.set_title(title(run), fontsize=9, loc="left")
     for series, colour, label in curves:
@@ -112,7 +112,7 @@ def edge_of_stability(run: Run) -> Figure:
     ]
     for line in limits:
         bottom.plot(
-            line.steps, line.values, color=BLACK, ls="--", lw=1.1, marker=_marker(line.steps), label=legend(line)
+            line.steps, line.values, color=BLACK, ls="--", lw=1.1, marker=point_marker(line.steps), label=legend(line)
         )
     bound = None if training(run).get("batch_size") == examples(run) else interaction_bound(run)
     if bound is not None:
@@ -162,11 +162,6 @@ def _keep_in_view(axes: Axes, values: np.ndarray, limits: Sequence[Line]) -> Non
     axes.set_ylim(min(0.0, float(np.nanquantile(values, 0.005))), 1.15 * highest if highest > 0 else None)
 
 
-def _marker(steps: np.ndarray) -> str | None:
-    """What was measured once or twice is drawn as points, too: a line of one point is none."""
-    return "o" if len(steps) < 3 else None
-
-
 def batch_sizes(runs: Sequence[Run]) -> Figure:
     """‖H‖_{S_b} of several runs against its bound 2ρ_b/lr, for each batch size (Lee 2022, fig. 4d); running medians.
 
@@ -196,7 +191,9 @@ def batch_sizes(runs: Sequence[Run]) -> Figure:
         label = f"b = {b}" if b not in [row[0] for row in plateaus] else None
         values.append(value.values)
         bounds.append(bound)
-        left.plot(value.steps, smooth(value.values), color=colour, lw=1.3, label=label, marker=_marker(value.steps))
+        left.plot(
+            value.steps, smooth(value.values), color=colour, lw=1.3, label=label, marker=point_marker(value.steps)
+        )
         left.plot(bound.steps, smooth(bound.values), color=colour, lw=1, ls="--")
         late = [line.values[line.steps >= run.records[-1]["step"] / 2] for line in (value, bound)]
         plateaus.append((b, *(np.nanquantile(x, [0.25, 0.5, 0.75]) if len(x) else np.full(3, np.nan) for x in late)))

@@ -35,6 +35,11 @@ def fill(axes: Axes, x: Any, y: Any, low: Any, high: Any, colour: Any, label: st
     axes.fill_between(x, low, high, color=colour, alpha=0.25, lw=0)
 
 
+def point_marker(steps: Any) -> str | None:
+    """What was measured once or twice is drawn as points, too: a line of one point is none."""
+    return "o" if len(steps) < 3 else None
+
+
 def colours(count: int) -> list[Any]:
     """So many colours that can be told apart."""
     if count <= 6:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..batches import Batches
+from ..checks import usable_device
 from ..methods import METHODS
 from ..objective import Objective
 from ..runs import Run
@@ -64,10 +65,7 @@ def build(experiment: Experiment, batch_size: int = 0) -> tuple[Objective, Objec
 
 def make_problem(experiment: Experiment) -> Problem:
     """The objectives of an experiment over one model: training, test, and what was set aside for validation."""
-    try:
-        torch.empty(0, device=experiment.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {experiment.device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    usable_device(experiment.device)
     torch.set_num_threads(experiment.threads)
     train_set, test_set = _data(experiment)
     (x, y), kept = train_set, len(train_set[0]) - experiment.validation
