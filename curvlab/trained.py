@@ -45,7 +45,7 @@ class TrainedObjective(Objective):
         seed: int = 0,
     ) -> None:
         self.__dict__.update(
-            {k: v for k, v in vars(L).items() if k not in ("chunk_size", "graph_bytes", "_layer_rules")}
+            {k: v for k, v in vars(L).items() if k not in ("chunk_size", "graph_bytes", "_layer_rules", "_recordings")}
         )
         self.plain = L
         self.terms = [term for term in regularizers.terms(penalties) if term[0]]

@@ -20,8 +20,11 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset
 
 from curvlab import Objective, batch_loss
+from curvlab.hvp import ENGINES
 
 DOUBLE = torch.float64
+
+EAGER = [engine for engine in ENGINES if engine != "compiled"]  # compiling takes tens of seconds a graph
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, CHUNKINGS, FORMS, Listed, Recurrent, block, off, pick, solved, split
+from cases import CASES, CHUNKINGS, EAGER, FORMS, Listed, Recurrent, block, off, pick, solved, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -31,7 +31,6 @@ import curvlab as cl
 from curvlab.batches import Examples
 from curvlab.diagnostics import DIAGNOSTICS
 from curvlab.diagnostics.values import exact
-from curvlab.hvp import ENGINES
 from curvlab.losses import correct
 from curvlab.per_example import ExampleGradients
 from curvlab.trained import TrainedObjective
@@ -527,7 +526,7 @@ def test_dropout_in_training_mode_is_one_fixed_mask(model, chunk_size):
     HV = H @ v
     assert torch.equal(HV, H @ v)
     assert off(v.T @ HV, (v.T @ HV).T) < 1e-13
-    for engine in ENGINES:
+    for engine in EAGER:
         assert off(cl.hessian(L, w, engine=engine) @ v, HV) < 1e-13
     rows = L.example_gradients(w)
     assert off(rows.mean(0), L.gradient(w)) < 1e-13
@@ -567,7 +566,7 @@ def test_batch_norm_in_training_mode_is_a_function_of_the_whole_batch(norm):
     H = torch.stack([torch.autograd.grad(g, w, retain_graph=True)[0] for g in gradient])
     assert abs(float(L.value() - value.detach())) < 1e-14
     assert off(L.gradient(), gradient.detach()) < 1e-13
-    for engine in ENGINES:
+    for engine in EAGER:
         assert off(cl.dense(cl.hessian(L, engine=engine)), H) < 1e-13
     cl.ggn(L) @ L.params()
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
