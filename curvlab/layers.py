@@ -59,7 +59,7 @@ class Outer:
         total = torch.zeros(len(a), dtype=torch.float64, device=a.device)
         if self.weight is not None:
             if T == 1:
-                total += (a.double().square().sum(3) * delta.double().square().sum(3)).sum((1, 2))
+                total += (_squares(a, 3) * _squares(delta, 3)).sum((1, 2))
             else:  # positions interact: through the T x T Gram matrices, or through the gradients themselves
                 gram = T * (I + O) < I * O
                 for rows in pieces(len(a), (T * T if gram else I * O) * G):
@@ -67,21 +67,21 @@ class Outer:
                     product = (x @ x.mT) * (d @ d.mT) if gram else (d.mT @ x).square()
                     total[rows] += product.sum((1, 2, 3), dtype=torch.float64)
         if self.bias is not None:
-            total += delta.sum(2).double().square().sum((1, 2))
+            total += _squares(delta.sum(2), (1, 2))
         return total
 
     def dot(self, V: Tensor) -> Tensor:
         (B, G, T, I), O, K = self.a.shape, self.delta.shape[3], V.shape[1]
         out = torch.zeros(B, K, dtype=V.dtype, device=V.device)
         if self.weight is not None:
-            W = V[self.weight].view(G, O, I, K)
+            W = V[self.weight].T.contiguous()  # (K, G O I)
             for rows in pieces(B, G * max(O * I if T > 1 else 0, O * K)):
                 a, delta = self.a[rows], self.delta[rows]
                 if T == 1 and G == 1:
-                    image = a[:, 0, 0] @ W[0].permute(1, 0, 2).reshape(I, O * K)
-                    out[rows] += (image.view(-1, O, K) * delta[:, 0, 0, :, None]).sum(1)
+                    image = (a[:, 0, 0] @ W.view(K * O, I).T).view(-1, K, O)
+                    out[rows] += (image @ delta[:, 0, 0, :, None])[:, :, 0]
                 else:
-                    out[rows] += (delta.mT @ a).flatten(1) @ W.reshape(G * O * I, K)
+                    out[rows] += (delta.mT @ a).flatten(1) @ W.T
         if self.bias is not None:
             out += self.delta.sum(2).flatten(1) @ V[self.bias]
         return out
@@ -223,6 +223,11 @@ def part(module: nn.Module, kept: Tensor, delta: Tensor, places: dict[str, slice
     chosen = [(rows, p) for rows, p in ((product, weight), (plain, bias)) if p is not None]
     where = torch.cat([torch.arange(p.start, p.stop) for _, p in chosen]).to(delta.device)
     return Rows(torch.cat([rows for rows, _ in chosen], 1), where)
+
+
+def _squares(x: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """Sums of squares, added up in float64."""
+    return x.square().sum(dims, dtype=torch.float64)
 
 
 def pieces(count: int, numbers_each: int, limit: int = 2**24) -> list[slice]:

@@ -59,10 +59,14 @@ class ExampleGradients:
             self._chunk_size = max(1, min(L.chunk_size, int(fit)))
         self._kept: dict[int, list[Part]] = {}
         self._kept_bytes = 0
+        self._squared_norms: Tensor | None = None
 
     def squared_norms(self) -> Tensor:
         """‖g_i‖², (N,) float64."""
-        return torch.cat([_total(p.squared_norms() for p in parts) for _, parts in self._captures()])
+        if self._squared_norms is None:
+            norms = [_total(p.squared_norms() for p in parts) for _, parts in self._captures()]
+            self._squared_norms = torch.cat(norms)
+        return self._squared_norms
 
     def dot(self, V: Tensor) -> Tensor:
         """g_i·v_k, (N, K), for V of shape (P, K)."""
