@@ -71,6 +71,13 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
             module.training = training
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has ended, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
 @contextlib.contextmanager
 def random_states() -> Iterator[None]:
     """Put the random states of Python, numpy, torch and CUDA back afterwards."""

@@ -48,6 +48,9 @@ class HessianProducts:
         kept: number of chunks whose graphs are kept, of `len(chunks)`.
     """
 
+    _points: list[ChunkGradient]
+    _value_and_gradient: tuple[Tensor, Tensor] | None
+
     def __init__(
         self, objective: Objective, w: Tensor, *, engine: Engine = "auto", batch: Tensor | None = None
     ) -> None:
@@ -61,32 +64,42 @@ class HessianProducts:
             )
         self.objective = objective
         self.w = objective.point(w)
-        self.chunks = objective.pieces(batch, objective.chunk_size)
         self.constants = objective.constants()
-        self.size = sum(chunk.size for chunk in self.chunks)
+        self._asked, self._batch = engine, batch
         self._recordings = recordings(objective)
-        self.engine = self._chosen(engine)
-        self.kept = min(len(self.chunks), self._room())
-        self._points: list[ChunkGradient] = []
-        self._value_and_gradient: tuple[Tensor, Tensor] | None = None
+        self._cut()
+        self.size = sum(chunk.size for chunk in self.chunks)
 
     def value_and_gradient(self) -> tuple[Tensor, Tensor]:
         """L(w), float64 scalar, and ∇L(w), (P,); builds the kept graphs on first use."""
         if self._value_and_gradient is None:
-            L = self.objective
-            value = torch.zeros((), dtype=torch.float64, device=L.device)
-            gradient = torch.zeros(L.num_params, dtype=L.dtype, device=L.device)
-            with L.measuring(self.constants):
-                for i, chunk in enumerate(self.chunks):
-                    point = self._at(chunk, check=i == 0)
-                    value, gradient = value + point.value, gradient + point.gradient
-                    if i < self.kept:
-                        self._points.append(point)
-            self._value_and_gradient = value / self.size, gradient / self.size
+            self._value_and_gradient = self.objective.fitting(self._built, self._cut)
         return self._value_and_gradient
 
     def matmat(self, V: Tensor) -> Tensor:
         """H(w) @ V, (P, K) -> (P, K)."""
+        return self.objective.fitting(lambda: self._product(V), self._cut)
+
+    def _cut(self) -> None:
+        """The data in chunks, with nothing computed."""
+        self.chunks = self.objective.pieces(self._batch, self.objective.chunk_size)
+        self.engine = self._chosen(self._asked)
+        self.kept = min(len(self.chunks), self._room())
+        self._points, self._value_and_gradient = [], None
+
+    def _built(self) -> tuple[Tensor, Tensor]:
+        L = self.objective
+        value = torch.zeros((), dtype=torch.float64, device=L.device)
+        gradient = torch.zeros(L.num_params, dtype=L.dtype, device=L.device)
+        with L.measuring(self.constants):
+            for i, chunk in enumerate(self.chunks):
+                point = self._at(chunk, check=i == 0)
+                value, gradient = value + point.value, gradient + point.gradient
+                if i < self.kept:
+                    self._points.append(point)
+        return value / self.size, gradient / self.size
+
+    def _product(self, V: Tensor) -> Tensor:
         L = self.objective
         if self.kept:
             self.value_and_gradient()

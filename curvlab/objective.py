@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import checks
 from .batches import Examples, batch_size, leaves, take, tree_map
-from .guard import measuring
+from .guard import measuring, out_of_memory
 from .losses import Averaged, BatchLoss, Loss, correct, cross_entropy, logits, reads_logits, resolve
 from .unwrap import unwrap
+
+_log = logging.getLogger("curvlab")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Objective:
             if all data is a single batch, because its loss is no mean over examples.
         device: where to measure; default: where the model is.
         dtype: float32 or float64; default: that of the parameters. float64 measures a float32 model in float64.
-        chunk_size: examples evaluated at once; default: what fits in `memory`.
+        chunk_size: examples evaluated at once; default: what fits in `memory`. Halved, for good, where memory ends.
         memory: bytes, or text such as ``"2GiB"``, for kept graphs and captured activations; default an eighth of the
             machine's memory, or a quarter of the GPU's.
         weights: non-negative weights of the examples, (N,), or a function batch -> (B,); s_i = weight_i / mean weight,
@@ -171,6 +175,13 @@ class Objective:
 
     def value(self, w: Tensor | None = None, batch: Any = None) -> Tensor:
         """L(w), a float64 scalar; or the mean over a `batch`, given by indices (b,) or as it is."""
+        return self.fitting(lambda: self._value(w, batch))
+
+    def gradient(self, w: Tensor | None = None, batch: Any = None) -> Tensor:
+        """∇L(w), (P,); or the mean gradient of a `batch`, given by indices (b,) or as it is."""
+        return self.fitting(lambda: self._gradient(w, batch))
+
+    def _value(self, w: Tensor | None, batch: Any) -> Tensor:
         with self.measuring(), torch.no_grad():
             params, count = self.leaves_at(w), 0
             total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -179,8 +190,7 @@ class Objective:
                 count += chunk.size
             return total / count
 
-    def gradient(self, w: Tensor | None = None, batch: Any = None) -> Tensor:
-        """∇L(w), (P,); or the mean gradient of a `batch`, given by indices (b,) or as it is."""
+    def _gradient(self, w: Tensor | None, batch: Any) -> Tensor:
         with self.measuring():
             total, count = torch.zeros(self.num_params, device=self.device, dtype=self.dtype), 0
             for chunk in self.chunks(batch):
@@ -385,6 +395,35 @@ class Objective:
         if self.coupled:
             return self.size
         return max(1, min(self.size, int(self.memory / 4 / self.graph_bytes)))
+
+    def halve(self, error: BaseException) -> bool:
+        """Whether memory has ended, and half as many examples at once, with half the budget, may do: so it is from now on.
+
+        Numbers change by rounding only. A line of the log "curvlab" says so.
+        """
+        if not out_of_memory(error) or self.coupled or self.chunk_size < 2:
+            return False
+        size, self.given_chunk_size = self.chunk_size, self.chunk_size // 2
+        self.__dict__.pop("chunk_size", None)
+        self.memory //= 2
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        _log.warning("memory ended with %d examples at once; going on with %d", size, self.given_chunk_size)
+        return True
+
+    def fitting(self, compute: Callable[[], T], forget: Callable[[], None] = lambda: None) -> T:
+        """What `compute` returns, begun again with half the examples at once each time that memory ends.
+
+        Args:
+            forget: drops what earlier attempts have left.
+        """
+        while True:
+            try:
+                return compute()
+            except RuntimeError as error:
+                if not self.halve(error):
+                    raise
+            forget()  # after the error, whose traceback holds tensors
 
     @cached_property
     def graph_bytes(self) -> float:

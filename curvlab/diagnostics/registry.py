@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -197,7 +198,7 @@ def evaluate(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, M
             try:
                 found = missing(NO_GRADIENT)
                 if "batch_gradient" not in entry.needs or point.batch_gradient is not None:
-                    found = entry.function(point, **options)
+                    found = point.objective.fitting(partial(entry.function, point, **options), point.release)
             except (ArithmeticError, torch.linalg.LinAlgError) as error:  # not finite, or so large that it overflows
                 found = missing(str(error))
             if found.value is not None and not np.all(np.isfinite(found.value)):

@@ -1,0 +1,100 @@
+"""What happens where memory ends: fewer examples at once, and the same numbers.
+
+Compared with a reference: everything with the same objective in ample memory. The end of memory is played: a forward pass of
+more than so many examples raises what the allocators raise.
+"""
+
+import logging
+
+import pytest
+import torch
+from cases import DOUBLE, block, off
+from torch import nn
+
+import curvlab as cl
+from curvlab.guard import out_of_memory
+from curvlab.hvp import HessianProducts
+
+ENDED = {
+    "CPU": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried ..."
+    ),
+    "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+}
+
+
+class Small(cl.Objective):
+    """An objective on a device for `room` examples."""
+
+    room, error = 10**9, ENDED["CPU"]
+
+    def losses(self, params, chunk):
+        if chunk.size > self.room:
+            raise self.error
+        return super().losses(params, chunk)
+
+
+def objective(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    data = torch.randn(20, 4, dtype=DOUBLE), torch.randint(3, (20,))
+    return Small(model, "cross_entropy", data, **options)
+
+
+@pytest.mark.parametrize("error", ENDED.values(), ids=ENDED.keys())
+@pytest.mark.parametrize("engine", ["graph", "double_backward", "forward_over_reverse"])
+def test_products_go_on_with_half_the_chunk(engine, error, caplog):
+    L = objective()
+    V = block(L.num_params)
+    expected = cl.hessian(L, engine=engine) @ V
+    products = HessianProducts(L, L.params(), engine=engine)
+    L.room, L.error = 6, error
+    assert off(products.matmat(V), expected) < 1e-14
+    assert L.chunk_size == 5
+    assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
+        "memory ended with 20 examples at once; going on with 10",
+        "memory ended with 10 examples at once; going on with 5",
+    ]
+    assert off(cl.hessian(L, engine=engine) @ V, expected) < 1e-14
+
+
+def test_values_and_gradients_go_on():
+    L = objective()
+    value, gradient = L.value(), L.gradient()
+    L.room = 7
+    assert abs(float(L.value() - value)) < 1e-14
+    assert off(L.gradient(), gradient) < 1e-14
+
+
+def test_diagnostics_go_on_with_the_same_probes():
+    names = ["gradient_variance", "interaction_trace", "sharpness", "hessian_trace"]
+    expected = cl.measure(objective(), names, batch_size=4)
+    L = objective()
+    L.room = 6  # what is tried once on a few examples fits
+    found = cl.measure(L, names, batch_size=4)
+    for name in names:
+        assert found[name].value == pytest.approx(expected[name].value, rel=1e-9)
+
+
+def test_the_budget_shrinks_with_the_chunk():
+    L = objective(memory="8KiB", chunk_size=4)
+    assert L.halve(ENDED["CPU"])
+    assert (L.chunk_size, L.memory) == (2, 4096)
+
+
+def test_other_errors_and_single_examples_are_not_retried():
+    L = objective(chunk_size=2)
+    L.room, L.error = 0, RuntimeError("shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="multiplied"):
+        L.value()
+    assert L.chunk_size == 2
+    L.error = ENDED["CPU"]
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        L.value()
+    assert L.chunk_size == 1
+
+
+def test_out_of_memory_is_told_from_other_errors():
+    assert all(map(out_of_memory, ENDED.values()))
+    assert not out_of_memory(RuntimeError("no memory of it"))
+    assert not out_of_memory(MemoryError())
