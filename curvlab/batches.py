@@ -215,6 +215,10 @@ class Batches:
         """
         return itertools.islice(self._endless(), step, self.steps)
 
+    def describe(self) -> dict[str, Any]:
+        """What a run's configuration says of them."""
+        return dataclasses.asdict(self)
+
     @property
     def partition(self) -> Tensor | None:
         """The batches of fixed composition, (n / batch_size, batch_size) indices in the order of "fixed"; None without."""

@@ -78,7 +78,7 @@ def train(
             buffers, optimizer, scheduler, random states, and what diagnostics carry from step to step.
         resume: continue the run in the folder `run` from its last checkpoint, or from the start without one, given the
             same model, optimizer, batches and settings anew. What is logged is bit-identical to what a run that was not
-            interrupted logs (equal threads and device). `batches` are taken from that step on (`Batches.since`); others are
+            interrupted logs (equal threads and device). `batches` that have `since` are taken from that step on; others are
             iterated anew with the random states of the start, and skipped. A run that had ended yields nothing more.
         scheduler: a learning-rate scheduler of `optimizer`, stepped after every step. (Stepped in the body of the loop it
             would change the rate of the step that was just measured.)
@@ -172,7 +172,7 @@ class _Training:
             "optimizer": settings(self.optimizer),
             "lr": learning_rate(self.optimizer),
             "scheduler": type(self.scheduler).__name__ if self.scheduler else None,
-            "batches": dataclasses.asdict(self.batches) if isinstance(self.batches, Batches) else None,
+            "batches": self.batches.describe() if hasattr(self.batches, "describe") else None,
             "trained_loss": _trained_loss(self.L, terms),
             "penalties": [[strength, entry.name, options] for strength, entry, options in terms],
             "micro_batch_size": self.micro_batch_size,
@@ -269,7 +269,7 @@ class _Training:
         """The batches from the step of a checkpoint on, with the random states that training had there."""
         if not state:
             return iter(self.batches)
-        if isinstance(self.batches, Batches):
+        if hasattr(self.batches, "since"):
             found = self.batches.since(state["step"])
         else:
             self.beginning = state["beginning"]

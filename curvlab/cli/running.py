@@ -10,21 +10,24 @@ from typing import Annotated, Any
 
 import tyro
 
-from ..problems.presets import ABOUT, PRESETS, Experiment
+from ..problems.presets import Experiment
+from ..problems.studies import Scale, preset, study
 from ..runs import Run
-from .text import verdict_table
+from .text import taken_scale, verdict_table
 
 
 def run_command(arguments: list[str]) -> int:
     name = "edge-of-stability"
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
-    if name not in PRESETS:
-        raise ValueError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+    given = taken_scale(arguments)
+    base = preset(name, given)
 
     @dataclasses.dataclass(frozen=True)
     class Options:
-        experiment: Annotated[Experiment, tyro.conf.OmitArgPrefixes] = PRESETS[name]
+        experiment: Annotated[Experiment, tyro.conf.OmitArgPrefixes] = base
+        scale: Scale = given
+        """paper: the paper's model, data and lengths, which need its data set and a GPU."""
         out: Path | None = None
         """Folder of the run; default runs/PRESET-TIME."""
         checkpoint_every: int = 0
@@ -32,7 +35,7 @@ def run_command(arguments: list[str]) -> int:
         resume: bool = False
         """Go on with the run in --out where its last checkpoint is."""
 
-    options = tyro.cli(Options, args=arguments, prog=f"curvlab run {name}", description=ABOUT[name])
+    options = tyro.cli(Options, args=arguments, prog=f"curvlab run {name}", description=study(name, given).about)
     if options.resume and options.out is None:
         raise ValueError("--resume goes on with a run: give its folder by --out")
     folder = options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -56,7 +59,7 @@ def _train_all(experiment: Experiment, folder: Path, keep: dict[str, Any]) -> tu
     runs: list[Run] = []
     several = len(experiment.batch_size) > 1
     for b in experiment.batch_size:
-        place = folder / f"b{b or experiment.n}" if several else folder
+        place = folder / f"b{b or experiment.n or 'full'}" if several else folder
         training = start(experiment, b, run=place, **keep)
         runs.append(Run(place))
         label = f"b={training.batches.batch_size}" if several else ""

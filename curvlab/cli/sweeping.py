@@ -6,13 +6,13 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from ..problems.presets import Experiment
-from ..problems.studies import STUDIES, study
-from .text import table
+from ..problems.studies import STUDIES, Scale, Statistic, study
+from .text import table, taken_scale
 
 if TYPE_CHECKING:
     from ..sweep import Outcome, Result, Sweep
@@ -27,23 +27,26 @@ def sweep_command(arguments: list[str]) -> int:
         else:
             raise ValueError(f"name what to sweep: a preset, or one of the studies {names}")
     name, *arguments = arguments
-    asked = study(name)
+    given = taken_scale(arguments)
+    asked = study(name, given)
 
     @dataclasses.dataclass(frozen=True)
     class Options:
         experiment: Annotated[Experiment, tyro.conf.OmitArgPrefixes] = asked.base
+        scale: Scale = given
+        """paper: the paper's model, data, lengths and protocol, which need its data set and a GPU."""
         grid: tuple[str, ...] = ()
         """Axes to run over, setting=value,value: lr=0.1,0.2 batch_size=8,32 penalty.gradient_norm=0.01,0.1 method.sigma=0.1
         hidden=32,64+64."""
-        seeds: str = "0,1,2"
+        seeds: str = ",".join(map(str, asked.seeds))
         """Seeds of the table: 0,1,2 or 0-6."""
         rows: tuple[str, ...] = ()
         """Some rows of a study; default all."""
         metric: str = asked.metric
         """What is tabled: any diagnostic of one number, validation_loss or validation_accuracy."""
-        statistic: Literal["final", "best", "late"] = "final"
+        statistic: Statistic = asked.statistic
         """Where training ends; best of the log; or the median of the second half of the log."""
-        keep: int = 0
+        keep: int = asked.keep
         """Count only so many seeds, the best ones (Smith: 5 of 7, with --statistic best); 0 for all."""
         tune: tuple[str, ...] = ()
         """Axes from which the settings of each row are chosen first, as in --grid; default those of the study."""
@@ -55,7 +58,7 @@ def sweep_command(arguments: list[str]) -> int:
         """Runs at a time, a process each; 0 for as many as there are cores, and for one on a GPU."""
         checkpoint_every: int = 200
         """Save the state of training every so many steps, from which an interrupted run continues."""
-        out: Path = Path("runs") / f"{name}-sweep"
+        out: Path = Path("runs") / (f"{name}-sweep" if given == "small" else f"{name}-{given}-sweep")
         """Folder of the sweep; the same command again continues there."""
 
     options = tyro.cli(Options, args=arguments, prog=f"curvlab sweep {name}", description=asked.about)

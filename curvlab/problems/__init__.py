@@ -20,7 +20,8 @@ _NAMES = {
     "presets": ("Experiment", "PRESETS", "vary"),
     "experiments": ("build", "start", "final_point"),
     "sgd_and_flows": ("orders",),
-    "studies": ("STUDIES", "Study", "Row"),
+    "studies": ("STUDIES", "Study", "Row", "study", "studies", "preset"),
+    "augmentation": ("Augmented",),
 }  # fmt: skip
 _HOME = {name: file for file, names in _NAMES.items() for name in names}
 

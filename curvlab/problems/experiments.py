@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import os
@@ -13,13 +14,16 @@ import torch
 
 from ..batches import Batches
 from ..checks import usable_device
+from ..diagnostics import parse
 from ..methods import METHODS
 from ..objective import Objective
+from ..regularizers.registry import terms
 from ..runs import Run
 from ..snapshot import Snapshot
 from ..trainer import train
+from .augmentation import Augmented
 from .data import Examples
-from .presets import Experiment, from_config, parse_options, parse_penalties
+from .presets import Experiment, from_config, parse_diagnostics, parse_options, parse_penalties
 from .registry import DATA, canonical, load
 from .registry import model as make_model
 
@@ -38,7 +42,9 @@ class Problem(NamedTuple):
     validation: Objective | None
 
 
-def build(experiment: Experiment, batch_size: int = 0) -> tuple[Objective, Objective, torch.optim.Optimizer, Batches]:
+def build(
+    experiment: Experiment, batch_size: int = 0
+) -> tuple[Objective, Objective, torch.optim.Optimizer, Batches | Augmented]:
     """The training objective, the test objective, the optimizer and the batches of one run of an experiment.
 
     Args:
@@ -60,14 +66,15 @@ def build(experiment: Experiment, batch_size: int = 0) -> tuple[Objective, Objec
         seed=experiment.data_seed,
         order=experiment.order,
     )
-    return L, problem.test, make_optimizer(experiment, L), batches
+    shown = batches if experiment.augment == "none" else Augmented(L, batches)
+    return L, problem.test, make_optimizer(experiment, L), shown
 
 
 def make_problem(experiment: Experiment) -> Problem:
     """The objectives of an experiment over one model: training, test, and what was set aside for validation."""
-    usable_device(experiment.device)
     torch.set_num_threads(experiment.threads)
     train_set, test_set = _data(experiment)
+    usable_device(experiment.device)
     (x, y), kept = train_set, len(train_set[0]) - experiment.validation
     if not 0 < kept <= len(x):
         raise ValueError(
@@ -100,18 +107,20 @@ def _model(experiment: Experiment, x: torch.Tensor, y: torch.Tensor, y_test: tor
     outputs = int(max(y.max(), y_test.max())) + 1 if classes else y.shape[1]
     inputs = math.prod(x.shape[1:])
     given: dict[str, Any] = {"seed": experiment.init_seed, "dtype": getattr(torch, experiment.dtype)}
+    given |= parse_options("model", experiment.model_options)
     name = experiment.model
+    made = functools.partial(_called, f"model {name}", make_model, name)
     if name == "mlp":
-        network = make_model(name, (inputs, *experiment.hidden, outputs), experiment.activation, **given)
+        network = made((inputs, *experiment.hidden, outputs), experiment.activation, **given)
         return network if x.ndim == 2 else torch.nn.Sequential(torch.nn.Flatten(), network)
     if name == "cnn":
-        return make_model(name, experiment.hidden, num_classes=outputs, **given)
+        return made(experiment.hidden, num_classes=outputs, **given)
     if name == "linear":
-        return make_model(name, inputs, outputs, **given)
+        return made(inputs, outputs, **given)
     if name == "diagonal_linear":
-        return make_model(name, inputs, **given)
+        return made(inputs, **given)
     shape = (1, 8, 8) if canonical(experiment.data).startswith("digits") else tuple(x.shape[1:])
-    return _called(f"model {name}", make_model, name, experiment.model_size, shape=shape, num_classes=outputs, **given)
+    return made(experiment.model_size, shape=shape, num_classes=outputs, **given)
 
 
 def make_optimizer(experiment: Experiment, L: Objective) -> torch.optim.Optimizer:
@@ -160,7 +169,7 @@ def make_scheduler(experiment: Experiment, optimizer: torch.optim.Optimizer, ste
 class Training(NamedTuple):
     """A training that has not begun: its batches, and the snapshots to walk through."""
 
-    batches: Batches
+    batches: Batches | Augmented
     snapshots: Iterator[Snapshot]
 
 
@@ -186,14 +195,17 @@ def start(
         3
     """
     L, test, optimizer, batches = build(experiment, batch_size)
+    penalties = parse_penalties(experiment.penalty)
+    diagnostics, own = parse_diagnostics(experiment.diagnostics)
+    names = [*parse(diagnostics), *(entry.name for _, entry, _ in terms(penalties))]
     snapshots = train(
         L,
         optimizer,
         batches,
-        penalties=parse_penalties(experiment.penalty),
+        penalties=penalties,
         micro_batch_size=experiment.micro_batch or None,
-        diagnostics=experiment.diagnostics,
-        every=experiment.every,
+        diagnostics=diagnostics,
+        every={name: own.get(name, experiment.every) for name in names} if own else experiment.every,
         scheduler=make_scheduler(experiment, optimizer, batches.steps),
         trajectory=experiment.trajectory,
         run=run,

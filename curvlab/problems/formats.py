@@ -23,11 +23,15 @@ _ALLOWED = {
 }
 
 
+class MissingData(FileNotFoundError):
+    """A data set whose files are not there; the message says what to put where."""
+
+
 def find(name: str, folder: str | os.PathLike | None, places: Sequence[str], file: str) -> Path:
     """The file of a data set in one of the usual places of a folder, by default that in the environment's DATASETS.
 
     Raises:
-        FileNotFoundError: no folder, or no such file; the message says where it was expected.
+        MissingData: no folder, or no such file; the message says where it was expected.
     """
     root = folder or os.environ.get("DATASETS")
     expected = " or ".join(str(Path(place, file)) for place in places)
@@ -36,7 +40,7 @@ def find(name: str, folder: str | os.PathLike | None, places: Sequence[str], fil
         "the same shape that need none."
     )
     if not root:
-        raise FileNotFoundError(
+        raise MissingData(
             f"{name} is read from files, and no folder is known; expected {expected} in a folder that is given as "
             f"folder=... or in the environment variable DATASETS. {help}"
         )
@@ -44,7 +48,7 @@ def find(name: str, folder: str | os.PathLike | None, places: Sequence[str], fil
         path = Path(root, place, file)
         if path.exists():
             return path
-    raise FileNotFoundError(f"{name} is read from files; expected {expected} in {Path(root).resolve()}. {help}")
+    raise MissingData(f"{name} is read from files; expected {expected} in {Path(root).resolve()}. {help}")
 
 
 def read_pickle(path: Path) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class Experiment:
     """Architecture (see `curvlab list`), such as mlp, cnn, resnet18."""
     model_size: Literal["full", "small"] = "full"
     """Size of the papers' models: as in the paper, or small enough for a CPU."""
+    model_options: tuple[str, ...] = ()
+    """Options of the model as name=value, such as batch_norm=true (cnn6)."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the hidden layers (mlp), or channels of the convolutions (cnn)."""
     activation: str = "tanh"
@@ -73,6 +75,8 @@ class Experiment:
     """Walk through shuffled data instead of drawing every batch independently."""
     order: Literal["new", "fixed", "shuffled", "alternating"] = "new"
     """Order of epochs: new batches in each, or the same ones in a fixed, shuffled or alternating order."""
+    augment: Literal["none", "crop_flip"] = "none"
+    """Of training images, never of those that are measured: crop_flip pads by 4 pixels, crops at random and mirrors half."""
     steps: int = 600
     """Optimizer steps."""
     num_epochs: int = 0
@@ -86,7 +90,7 @@ class Experiment:
     probe_seed: int = 0
     """Seed of the random probes of measurements, and of what penalties draw."""
     diagnostics: tuple[str, ...] = EDGE
-    """What to measure."""
+    """What to measure; options after colons: microbatch_gradient_norm:micro_batch_size=16, test_accuracy:every=101."""
     trajectory: bool = False
     """Also save the parameters at the measured steps, for trajectory_distance."""
     device: str = "cpu"
@@ -106,8 +110,16 @@ PRESETS: dict[str, Experiment] = {
             "hessian_eigenvalues",
         ),
     ),
+    "loss-differences": Experiment(
+        activation="gelu", loss="cross_entropy", label_noise=0.2, lr=0.4, batch_size=(128, 1024), every=3,
+        diagnostics=(
+            "loss", "gradient_norm", "sharpness", "interaction_sharpness", "instability", "gradient_concentration",
+            "expected_loss_difference",
+        ),
+    ),
     "valleys": Experiment(
-        activation="gelu", lr=0.4, diagnostics=("loss", "sharpness", "instability", "directional_sharpness")
+        activation="gelu", lr=0.4,
+        diagnostics=("loss", "sharpness", "instability", "directional_sharpness", "loss_along_step"),
     ),
     "momentum-edge": Experiment(
         lr=0.05, momentum=0.9, method_options=("nesterov=true",), steps=900, every=3, diagnostics=("loss", "sharpness")
@@ -139,6 +151,7 @@ ABOUT: dict[str, str] = {
     "edge-of-stability": "full-batch descent on digits: sharpness climbs to 2/lr and hovers above (Lee 2022, fig. 4a-c)",
     "sgd-iir": "SGD over batch sizes: the plateau of ‖H‖_{S_b} follows 2ρ_b/lr (Lee 2022, fig. 4d)",
     "events": "full-batch descent: the order of events on the way to the edge, alignment, cosines (Lee 2022, sec. 4.2)",
+    "loss-differences": "expected loss difference against instability, for SGD and full batch (Lee 2022, figs. 1, 2)",
     "valleys": "curvature across the valley in the stable and the unstable regime (Lee 2022, fig. 3)",
     "momentum-edge": "Nesterov momentum: sharpness hovers at (2 + 2β)/(lr(1 + 2β)) (Cohen et al. 2021)",
     "adaptive-edge": "Adam: preconditioned sharpness hovers at 38/lr (Cohen et al. 2022)",
@@ -154,7 +167,7 @@ def vary(experiment: Experiment, name: str, text: str) -> Experiment:
 
     Args:
         name: of a setting; ``penalty.NAME`` is the strength of a penalty, ``method.NAME`` an option of the method,
-            ``data.NAME`` one of the data set.
+            ``data.NAME`` one of the data set, ``model.NAME`` one of the model.
         text: its value; the parts of a setting of several values are joined by +, such as ``hidden=64+64``.
 
     Raises:
@@ -167,7 +180,7 @@ def vary(experiment: Experiment, name: str, text: str) -> Experiment:
         ('gradient_norm=0.1',)
     """
     kind, _, option = name.partition(".")
-    plural = {"penalty": "penalty", "method": "method_options", "data": "data_options"}.get(kind)
+    plural = {"penalty": "penalty"}.get(kind, f"{kind}_options" if kind in ("method", "data", "model") else None)
     if option and plural:
         others = tuple(entry for entry in getattr(experiment, plural) if entry.partition("=")[0] != option)
         changed: dict[str, Any] = {plural: (*others, f"{option}={text}")}
@@ -175,7 +188,8 @@ def vary(experiment: Experiment, name: str, text: str) -> Experiment:
     known = {field.name: field.default for field in dataclasses.fields(Experiment)}
     if name not in known:
         raise ValueError(
-            f"there is no setting {name!r} to vary; there are {', '.join(known)}, and penalty.NAME, method.NAME, data.NAME"
+            f"there is no setting {name!r} to vary; there are {', '.join(known)}, and penalty.NAME, method.NAME, data.NAME, "
+            "model.NAME"
         )
     return dataclasses.replace(experiment, **{name: _value(name, known[name], text)})
 
@@ -253,6 +267,27 @@ def parse_penalties(entries: tuple[str, ...]) -> list[tuple[float, tuple[str, di
             wrong = str(error) if "option" in str(error) else f"a penalty is {entry!r}"
             raise ValueError(f"{wrong}; expected name=strength, such as gradient_norm=0.01") from None
     return found
+
+
+def parse_diagnostics(entries: tuple[str, ...]) -> tuple[list[str | tuple[str, dict[str, Any]]], dict[str, Any]]:
+    """Names, with options after colons, as `curvlab.train` takes them; and schedules of their own, which `every` gives.
+
+    Raises:
+        ValueError: an option that is not name=value.
+
+    Example:
+        >>> parse_diagnostics(("loss", "microbatch_gradient_norm:micro_batch_size=16", "sharpness:every=5"))
+        (['loss', ('microbatch_gradient_norm', {'micro_batch_size': 16}), 'sharpness'], {'sharpness': 5})
+    """
+    found: list[str | tuple[str, dict[str, Any]]] = []
+    schedules = {}
+    for entry in entries:
+        name, *texts = entry.split(":")
+        options = parse_options(f"diagnostic {name}", tuple(texts))
+        if "every" in options:
+            schedules[name] = options.pop("every")
+        found.append((name, options) if options else name)
+    return found, schedules
 
 
 def from_config(config: dict[str, Any]) -> tuple[Experiment, int]:

@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from .presets import ABOUT, PRESETS, Experiment
 
+Scale = Literal["small", "paper"]
+Statistic = Literal["final", "best", "late"]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -18,9 +21,11 @@ class Row:
         change: settings that differ from the study's base.
         tune: grid of settings to choose from when tuning seeds are given, as the command line writes it; the values in
             `change` were chosen from it.
+        grid: axes of its own over which the row is run; `--grid` adds axes and replaces those of the same name.
         external: another row, whose run of the same seed gives external grafting its step lengths.
         about: what the row is.
         paper: the paper's own number, in words.
+        sources: where the settings come from, where that differs from the study's `sources`.
     """
 
     change: Mapping[str, Any] = field(default_factory=dict)
@@ -28,6 +33,8 @@ class Row:
     external: str = ""
     about: str = ""
     paper: str = ""
+    grid: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Study:
         baselines: rows to which each row's difference is tabled.
         margin: smallest difference that matters, in the unit of the metric.
         scale: what the metric is multiplied by in print, such as 100 for percent.
+        seeds, statistic, keep: the protocol, see `curvlab.sweep.Sweep`.
+        sources: by setting, where the paper states it, or "ours" and why; only at the scale of a paper.
     """
 
     about: str
@@ -64,6 +73,10 @@ class Study:
     sentences: tuple[Sentence, ...] = ()
     margin: float = 0.0
     scale: float = 1.0
+    seeds: tuple[int, ...] = (0, 1, 2)
+    statistic: Statistic = "final"
+    keep: int = 0
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     def experiment(self, label: str, base: Experiment | None = None) -> Experiment:
         """The experiment of a row, over the study's base or another.
@@ -178,14 +191,39 @@ STUDIES: dict[str, Study] = {
 }  # fmt: skip
 
 
-def study(name: str) -> Study:
+def study(name: str, scale: Scale = "small") -> Study:
     """A study, or a preset as a study of one row.
 
+    Args:
+        scale: "small", for minutes on a CPU, or "paper", with the paper's model, data and lengths.
+
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or one that does not exist at this scale.
     """
-    if name in STUDIES:
-        return STUDIES[name]
-    if name in PRESETS:
-        return Study(ABOUT[name], PRESETS[name], {"": Row()})
-    raise ValueError(f"there is no preset {name!r}; there are {', '.join([*STUDIES, *PRESETS])}")
+    found = studies(scale)
+    if name not in found:
+        other: Scale = "small" if scale == "paper" else "paper"
+        where = f" at --scale {scale}, but at --scale {other}" if name in studies(other) else ""
+        raise ValueError(f"there is no preset {name!r}{where}; there are {', '.join(found)}")
+    return found[name]
+
+
+def studies(scale: Scale = "small") -> dict[str, Study]:
+    """All studies of a scale, and its presets as studies of one row."""
+    if scale == "paper":
+        from .paper import PAPER
+
+        return PAPER
+    return STUDIES | {name: Study(ABOUT[name], experiment, {"": Row()}) for name, experiment in PRESETS.items()}
+
+
+def preset(name: str, scale: Scale = "small") -> Experiment:
+    """The experiment of a preset.
+
+    Raises:
+        ValueError: an unknown name, one that does not exist at this scale, or a study of several rows.
+    """
+    asked = study(name, scale)
+    if list(asked.rows) != [""]:
+        raise ValueError(f"{name} is a study of {len(asked.rows)} rows; run it by `curvlab sweep {name}`")
+    return asked.base

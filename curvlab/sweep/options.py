@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..problems.presets import Experiment
-from ..problems.studies import Study
+from ..problems.studies import Statistic, Study
 from .plan import Grid, Job, Point, plan, points
-from .work import Statistic, Wanted
+from .work import Wanted
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Sweep:
             or rows may be added.
         base: what all rows have in common; default the study's.
         rows: some of the study's rows; default all.
-        grid: axes over which every row is run.
-        seeds: of the table.
+        grid: axes over which every row is run, beside those of its own.
+        seeds: of the table; default the study's.
         tune: axes from which each row's settings are chosen; default the rows' own.
         tuning_seeds: of the runs on which the choice is made, in `folder`/tuning; none for no tuning.
         select: what the choice is made by: the best mean over the tuning seeds, measured where training ends.
         metric: of the table; default the study's.
-        statistic, checkpoint_every: see `Wanted`.
-        keep: count the best so many seeds only.
+        statistic, checkpoint_every: see `Wanted`; default of the first the study's.
+        keep: count the best so many seeds only, 0 for all; default the study's.
         workers: processes.
 
     Raises:
@@ -42,17 +42,20 @@ class Sweep:
     base: Experiment | None = None
     rows: tuple[str, ...] = ()
     grid: Grid = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = None  # type: ignore[assignment]
     tune: Grid = field(default_factory=dict)
     tuning_seeds: tuple[int, ...] = ()
     select: str = "validation_accuracy"
     metric: str = ""
-    statistic: Statistic = "final"
-    keep: int = 0
+    statistic: Statistic = None  # type: ignore[assignment]
+    keep: int = None  # type: ignore[assignment]
     workers: int = 1
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
+        for name in ("seeds", "statistic", "keep"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self.study, name))
         unknown = set(self.rows) - set(self.study.rows)
         if unknown:
             raise ValueError(f"there are no rows {sorted(unknown)}; there are {', '.join(self.study.rows)}")
@@ -74,7 +77,7 @@ class Sweep:
             self._check_tuning()
 
     def _check_tuning(self) -> None:
-        if self.grid:
+        if self.grid or any(self.study.rows[label].grid for label in self.labels):
             raise ValueError("--grid varies settings and --tune chooses them; give one of the two")
         if not any(self._axes(label) for label in self.labels):
             raise ValueError(
@@ -97,7 +100,7 @@ class Sweep:
 
     def jobs(self, chosen: Mapping[str, Point] | None = None) -> list[Job]:
         """The runs of the table, of the chosen settings if there are any."""
-        each = {label: [chosen[label]] if chosen else points(self._grid) for label in self.labels}
+        each = {label: [chosen[label]] if chosen else points(self._grid(label)) for label in self.labels}
         measured = () if self.statistic == "final" else self.wanted.metrics
         return plan(self.study, self._base, each, self.seeds, Path(self.folder), measured=measured)
 
@@ -110,14 +113,14 @@ class Sweep:
     def size(self) -> int:
         """How many runs there are."""
         tuning = sum(len(points(self._axes(label))) for label in self.labels) * len(self.tuning_seeds)
-        each = 1 if self.tuning_seeds else len(points(self._grid))
-        return tuning + each * len(self.labels) * len(self.seeds)
+        each = sum(1 if self.tuning_seeds else len(points(self._grid(label))) for label in self.labels)
+        return tuning + each * len(self.seeds)
 
-    @property
-    def _grid(self) -> Grid:
+    def _grid(self, label: str) -> Grid:
+        grid = {**self.study.rows[label].grid, **self.grid}
         sizes = (self.base or self.study.base).batch_size
-        several = len(sizes) > 1 and "batch_size" not in self.grid  # several batch sizes are several runs
-        return {"batch_size": tuple(map(str, sizes)), **self.grid} if several else self.grid
+        several = len(sizes) > 1 and "batch_size" not in grid  # several batch sizes are several runs
+        return {"batch_size": tuple(map(str, sizes)), **grid} if several else grid
 
     @property
     def _base(self) -> Experiment:

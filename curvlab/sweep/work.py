@@ -19,11 +19,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..problems.formats import MissingData
+from ..problems.studies import Statistic
 from ..runs import Run
 from .plan import Job, check_folders
 
 Status = Literal["finished", "diverged", "failed", "interrupted"]
-Statistic = Literal["final", "best", "late"]
 RESULT = "result.json"
 
 
@@ -66,6 +67,7 @@ def run(jobs: Sequence[Job], wanted: Wanted, *, workers: int = 1) -> Iterator[Re
 
     Raises:
         ValueError: fewer than one worker, or a folder with a run of other settings; before anything is run.
+        MissingData: the files of a data set are not there; at the first run that needs them.
         KeyboardInterrupt: after all runs in progress were left in a state from which they continue.
     """
     if workers < 1:
@@ -85,6 +87,8 @@ def run(jobs: Sequence[Job], wanted: Wanted, *, workers: int = 1) -> Iterator[Re
                 crew.renew()
             for future in done:
                 job, error = running.pop(future), future.exception()
+                if isinstance(error, MissingData):
+                    raise error
                 why = f"its process or another died, perhaps for lack of memory ({error})"
                 result = future.result() if error is None else Result(job, "failed", reason=why)
                 ended[job.folder] = result.status
@@ -153,6 +157,8 @@ def _work(job: Job, wanted: Wanted, before: Status | None) -> Result:
         if status == "interrupted":
             return Result(job, status)
         return Result(job, status, {name: _value(job, name, wanted.statistic) for name in wanted.metrics})
+    except MissingData:
+        raise  # no other run has it either
     except Exception as error:  # whatever it is, the other runs go on
         with contextlib.suppress(OSError):
             job.folder.mkdir(parents=True, exist_ok=True)
