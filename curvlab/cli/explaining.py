@@ -1,4 +1,4 @@
-"""`curvlab explain`: what a quantity, a penalty, a method, a claim or a topic is, from the shipped documentation."""
+"""`curvlab explain`: what a quantity, penalty, method, claim, preset or topic is, from the shipped documentation."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def explain_command(arguments: list[str]) -> int:
         """What a name means: definition, estimator, error, cost, when it fails, options, an example.
 
         Args:
-            name: A quantity (also trained/NAME), penalty, method or claim, or a topic: errors, right, estimators,
-                glossary, stability, changelog. Without a name: what there is.
+            name: A quantity (also trained/NAME), penalty, method, claim, preset or study, or a topic: errors, right,
+                estimators, figures, claims, glossary, stability, changelog. Without a name: what there is.
             markdown: Print markdown instead of plain text.
         """
         return name, markdown

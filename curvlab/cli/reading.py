@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..problems.presets import ABOUT
-from ..problems.studies import STUDIES
+from ..problems.studies import STUDIES, studies
 from ..runs import CONFIG, Run
 from .text import table, verdict_table
 
@@ -96,6 +96,7 @@ def list_command(arguments: list[str]) -> int:
     parts: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [
         ("presets", ("name", "what it shows"), list(ABOUT.items())),
         ("studies", ("name", "what is compared"), [(name, s.about) for name, s in STUDIES.items()]),
+        ("at --scale paper", ("name", "what it shows"), [(name, s.about) for name, s in studies("paper").items()]),
         (
             "diagnostics",
             ("name", "symbol", "formula", "kind", "cost"),

@@ -19,7 +19,26 @@ from .text import taken_scale, verdict_table
 def run_command(arguments: list[str]) -> int:
     name = "edge-of-stability"
     if arguments and not arguments[0].startswith("-"):
-        name = arguments.pop(0)
+        name, *arguments = arguments
+    options = parsed(name, *arguments)
+    if options.resume and options.out is None:
+        raise ValueError("--resume goes on with a run: give its folder by --out")
+    folder = options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    keep = {"checkpoint_every": options.checkpoint_every or None, "resume": options.resume}
+    runs, interrupted = _train_all(options.experiment, folder, keep)
+    if runs:
+        from ..claims import check
+        from ..plots import plot
+
+        print(verdict_table(check(runs)))
+        for path in plot(runs, folder):
+            print(f"figure: {path}")
+    print(f"run:    {folder}")
+    return 130 if interrupted else 0
+
+
+def parsed(name: str, *arguments: str) -> Any:
+    """The options of a command line: `experiment`, `out`, `checkpoint_every`, `resume`."""
     given = taken_scale(arguments)
     base = preset(name, given)
 
@@ -35,21 +54,7 @@ def run_command(arguments: list[str]) -> int:
         resume: bool = False
         """Go on with the run in --out where its last checkpoint is."""
 
-    options = tyro.cli(Options, args=arguments, prog=f"curvlab run {name}", description=study(name, given).about)
-    if options.resume and options.out is None:
-        raise ValueError("--resume goes on with a run: give its folder by --out")
-    folder = options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    keep = {"checkpoint_every": options.checkpoint_every or None, "resume": options.resume}
-    runs, interrupted = _train_all(options.experiment, folder, keep)
-    if runs:
-        from ..claims import check
-        from ..plots import plot
-
-        print(verdict_table(check(runs)))
-        for path in plot(runs, folder):
-            print(f"figure: {path}")
-    print(f"run:    {folder}")
-    return 130 if interrupted else 0
+    return tyro.cli(Options, args=arguments, prog=f"curvlab run {name}", description=study(name, given).about)
 
 
 def _train_all(experiment: Experiment, folder: Path, keep: dict[str, Any]) -> tuple[list[Run], bool]:

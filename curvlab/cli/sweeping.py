@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -26,7 +26,24 @@ def sweep_command(arguments: list[str]) -> int:
             arguments = ["edge-of-stability", *arguments]
         else:
             raise ValueError(f"name what to sweep: a preset, or one of the studies {names}")
-    name, *arguments = arguments
+    sweep = parsed(*arguments)
+    from ..sweep import conduct
+
+    progress = _Progress(sweep)
+    try:
+        outcome = conduct(sweep, progress)
+    except KeyboardInterrupt:
+        progress.close()
+        print(f"interrupted; the same command continues in {sweep.folder}", file=sys.stderr)
+        return 130
+    finally:
+        progress.close()
+    _print(sweep, outcome)
+    return 1 if any(r.status == "failed" for r in [*outcome.results, *outcome.tuning]) else 0
+
+
+def parsed(name: str, *arguments: str) -> Sweep:
+    """The sweep that a command line asks for."""
     given = taken_scale(arguments)
     asked = study(name, given)
 
@@ -62,23 +79,6 @@ def sweep_command(arguments: list[str]) -> int:
         """Folder of the sweep; the same command again continues there."""
 
     options = tyro.cli(Options, args=arguments, prog=f"curvlab sweep {name}", description=asked.about)
-    from ..sweep import conduct
-
-    sweep = _sweep(asked, options)
-    progress = _Progress(sweep)
-    try:
-        outcome = conduct(sweep, progress)
-    except KeyboardInterrupt:
-        progress.close()
-        print(f"interrupted; the same command continues in {options.out}", file=sys.stderr)
-        return 130
-    finally:
-        progress.close()
-    _print(sweep, outcome)
-    return 1 if any(r.status == "failed" for r in [*outcome.results, *outcome.tuning]) else 0
-
-
-def _sweep(asked: Any, options: Any) -> Sweep:
     from ..sweep import Sweep, parse_grid, parse_seeds
 
     return Sweep(

@@ -9,6 +9,7 @@ TOPICS = {
     "errors": "what exact, bound and sem mean",
     "right": "is my number right?",
     "estimators": "which estimator should I use?",
+    "figures": "from the papers' figures to commands",
     "claims": "what the papers' claims say here",
     "glossary": "from the papers' symbols to the names here",
     "stability": "which names stay as they are",

@@ -1,5 +1,6 @@
-"""`python -m curvlab.docs` rewrites the pages of all quantities."""
+"""`python -m curvlab.docs` rewrites the pages that are made from registries: those of quantities, and that of figures."""
 
+from . import figures
 from .quantity import rewrite
 
-print(f"{len(rewrite())} pages")
+print(f"{len(rewrite())} pages of quantities and {figures.rewrite().name}")

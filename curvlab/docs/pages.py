@@ -9,6 +9,7 @@ from ..claims import CLAIMS
 from ..diagnostics import DIAGNOSTICS
 from ..diagnostics.registry import ALIASES, TRAINED
 from ..methods import METHODS
+from ..problems.studies import studies
 from ..regularizers import REGULARIZERS
 from . import TOPICS, shipped
 from .docstrings import page
@@ -42,10 +43,17 @@ def find(name: str) -> str:
         return _method(name)
     if name in CLAIMS:
         return _claim(name)
+    experiments = {key.replace("-", "_"): key for key in [*studies(), *studies("paper")]}
+    if name in experiments:
+        from .figures import about  # which knows the command line
+
+        return about(experiments[name])
     known = [name for group in contents().values() for name in group]
     close = difflib.get_close_matches(name.removeprefix(TRAINED), [*known, *ALIASES], n=4, cutoff=0.5)
     hint = (
-        f"did you mean {', '.join(close)}?" if close else "it knows no such quantity, penalty, method, claim or topic;"
+        f"did you mean {', '.join(close)}?"
+        if close
+        else "it knows no such quantity, penalty, method, claim, preset or topic;"
     )
     raise ValueError(f"there is nothing to explain under {name!r}; {hint} `curvlab explain` lists all names")
 
@@ -58,6 +66,7 @@ def contents() -> dict[str, dict[str, str]]:
         "penalties, also measured": {n: f"{r.symbol}, {r.formula}" for n, r in REGULARIZERS.items()},
         "methods": {n: m.formula for n, m in METHODS.items()},
         "claims": {n: c.sentence for n, c in CLAIMS.items()},
+        "presets and studies": {n: s.about for n, s in (studies("paper") | studies()).items()},
     }
 
 

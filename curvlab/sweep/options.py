@@ -100,7 +100,7 @@ class Sweep:
 
     def jobs(self, chosen: Mapping[str, Point] | None = None) -> list[Job]:
         """The runs of the table, of the chosen settings if there are any."""
-        each = {label: [chosen[label]] if chosen else points(self._grid(label)) for label in self.labels}
+        each = {label: [chosen[label]] if chosen else points(self.axes(label)) for label in self.labels}
         measured = () if self.statistic == "final" else self.wanted.metrics
         return plan(self.study, self._base, each, self.seeds, Path(self.folder), measured=measured)
 
@@ -113,10 +113,11 @@ class Sweep:
     def size(self) -> int:
         """How many runs there are."""
         tuning = sum(len(points(self._axes(label))) for label in self.labels) * len(self.tuning_seeds)
-        each = sum(1 if self.tuning_seeds else len(points(self._grid(label))) for label in self.labels)
+        each = sum(1 if self.tuning_seeds else len(points(self.axes(label))) for label in self.labels)
         return tuning + each * len(self.seeds)
 
-    def _grid(self, label: str) -> Grid:
+    def axes(self, label: str) -> Grid:
+        """What a row is run over: its own grid and that of the sweep."""
         grid = {**self.study.rows[label].grid, **self.grid}
         sizes = (self.base or self.study.base).batch_size
         several = len(sizes) > 1 and "batch_size" not in grid  # several batch sizes are several runs

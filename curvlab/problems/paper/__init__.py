@@ -6,11 +6,6 @@ Imports no torch.
 
 from __future__ import annotations
 
-from ..studies import Study
-from .lee import LEE
-from .novack import NOVACK
-from .smith import SMITH
+from .figures import FIGURES, PAPER, Figure
 
-PAPER: dict[str, Study] = LEE | SMITH | NOVACK
-
-__all__ = ["PAPER"]
+__all__ = ["FIGURES", "PAPER", "Figure"]

@@ -94,7 +94,7 @@ LEE: dict[str, Study] = {
             "num_epochs": stated(800, "sec. 5, remark"),
             "every": ours(201, "odd; the figure shows the end of training"),
             "diagnostics": ours(
-                ("loss", "train_accuracy", "test_accuracy", "sharpness", "gradient_concentration"),
+                ("loss", "train_accuracy", "test_accuracy", "sharpness:every=log", "gradient_concentration:every=log"),
                 "the figure, its curve ρ_b, and what the claims read",
             ),
             "seeds": ours((0, 1, 2)),
