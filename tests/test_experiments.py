@@ -232,3 +232,33 @@ def test_a_mistake_is_one_clear_line(name):
 def test_a_value_that_a_setting_cannot_have_is_refused(name, text, message):
     with pytest.raises(ValueError, match=message):
         vary(SMALL, name, text)
+
+
+def test_diagnostics_take_options_and_schedules_of_their_own(tmp_path):
+    experiment = dataclasses.replace(
+        SMALL, diagnostics=("loss", "microbatch_gradient_norm:micro_batch_size=2:every=3", "sharpness:every=4"), every=2,
+        penalty=("fisher_trace=0",), loss="cross_entropy",
+    )  # fmt: skip
+    points = trained(experiment, 8, run=tmp_path)
+    run = Run(tmp_path)
+    steps = {name: run.series(name).steps.tolist() for name in run.names}
+    assert steps == {
+        "loss": [0, 2, 4, 6], "fisher_trace_penalty": [0, 2, 4, 6], "microbatch_gradient_norm": [0, 3, 6],
+        "sharpness": [0, 4],
+    }  # fmt: skip
+    L, _, _, batches = build(experiment, 8)
+    batch = list(batches)[3]
+    norms = [L.gradient(points[3], batch[k : k + 2]).norm() for k in range(0, 8, 2)]
+    assert run.series("microbatch_gradient_norm").values[1] == pytest.approx(float(sum(norms) / 4), rel=1e-10)
+
+
+def test_a_model_takes_options():
+    experiment = Experiment(
+        model="cnn6", model_size="small", data="synthetic_images-4", model_options=("batch_norm=true",), steps=1, lr=0.01,
+        loss="cross_entropy", diagnostics=(),
+    )  # fmt: skip
+    layers = build(experiment)[0].model.modules()
+    assert sum(isinstance(layer, torch.nn.BatchNorm2d) for layer in layers) == 6
+    assert vary(experiment, "model.batch_norm", "false").model_options == ("batch_norm=false",)
+    with pytest.raises(ValueError, match=r"model cnn6: .*colour"):
+        build(vary(experiment, "model.colour", "1"))

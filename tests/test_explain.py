@@ -172,7 +172,7 @@ def test_methods_and_claims_say_how_they_are_used(capsys):
 @pytest.mark.parametrize(
     "name, hint",
     [("sharpnes", "did you mean sharpness"), ("trained/instabilty", "instability"), ("glosary", "glossary"),
-     ("zzzzqqq", "no such quantity, penalty, method, claim or topic")],
+     ("zzzzqqq", "no such quantity, penalty, method, claim, preset or topic")],
 )  # fmt: skip
 def test_unknown_names(name, hint):
     with pytest.raises(ValueError, match=f"nothing to explain under '{name}'.*{hint}.*`curvlab explain` lists all"):

@@ -1,6 +1,6 @@
-"""Presets and studies at the papers' scale. Against references: numbers that the papers state, operations counted by torch, the
-page that ships. Behavioural: every setting has a source, every row and command starts (on images of the right shape), and a
-missing data set gives one message.
+"""Presets and studies at the papers' scale. Against references: numbers that the papers state, operations that torch
+counts, the page that ships. Behavioural: every setting has a source, every row and command starts (on images of the right
+shape), and a missing data set gives one message.
 """
 
 import dataclasses
@@ -58,10 +58,10 @@ STATED = [  # study, row, what the papers' texts say
     ("smith-rates", "penalized-rates", {"penalty": ("implicit_regularizer=0.015625",)}),
     ("smith-batch-penalties", "B=32", {"steps": 10_000_000, "num_epochs": 0, "lr": 0.001953125}),
     ("smith-n-step", "n=16", {"num_epochs": 400, "model": "wrn_16_4", "schedule": "halving", "batch_size": (32,)}),
-    ("smith-rates-fashion", "rates", {"num_epochs": 400, "batch_size": (16,), "weight_decay": 0.0, "augment": "none",
+    ("smith-rates-mlp", "rates", {"num_epochs": 400, "batch_size": (16,), "weight_decay": 0.0, "augment": "none",
                                       "model": "mlp_3x4096", "data_options": ("standardize=image",)}),
-    ("smith-batch-penalties-fashion", "B=16", {"steps": 1_500_000}),
-    ("smith-n-step-fashion", "n=4-updates", {"steps": 6_000_000 // 4, "method_options": ("n=4",)}),
+    ("smith-batch-penalties-mlp", "B=16", {"steps": 1_500_000}),
+    ("smith-n-step-mlp", "n=4-updates", {"steps": 6_000_000 // 4, "method_options": ("n=4",)}),
     ("novack-regularizers", "SB", {"batch_size": (128,), "model": "resnet18", "momentum": 0.0}),
     ("novack-regularizers", "GN", {"batch_size": (5120,), "micro_batch": 128}),
     ("novack-micro-batch", "FT-2560", {"micro_batch": 2560, "data": "cifar100"}),
@@ -76,7 +76,7 @@ def test_what_the_papers_state(name, row, values):
     assert {setting: getattr(experiment, setting) for setting in values} == values
     for setting in values:
         source = {**asked.sources, **asked.rows[row].sources}.get(setting)
-        known_as_ours = (name, setting) in (("smith-n-step-fashion", "method_options"),)
+        known_as_ours = (name, setting) in (("smith-n-step-mlp", "method_options"),)
         assert source is None or is_ours(source) == known_as_ours, (setting, source)
 
 
@@ -87,12 +87,12 @@ def test_the_protocol_of_smith_needs_no_option(tmp_path):
     assert (Sweep(study("control"), tmp_path).seeds, Sweep(study("control"), tmp_path).keep) == ((0, 1, 2), 0)
 
 
-@pytest.mark.parametrize("name", ["smith-batch-rates", "smith-batch-penalties", "smith-batch-rates-fashion"])
+@pytest.mark.parametrize("name", ["smith-batch-rates", "smith-batch-penalties", "smith-batch-rates-mlp"])
 def test_rows_of_batch_sizes_share_the_axis_over_the_batch_size(name, tmp_path):
     sweep = Sweep(study(name, "paper"), tmp_path, seeds=(0,), keep=0)
     ratios = {}
     for job in sweep.jobs():
-        b, (axis,) = job.experiment.batch_size[0], [name for name in dict(job.point)]
+        b, (axis,) = job.experiment.batch_size[0], list(dict(job.point))
         ratios.setdefault(b, []).append(float(dict(job.point)[axis]) / b)
     assert set(ratios) == {8, 16, 32, 64, 128}
     assert len({tuple(each) for each in ratios.values()}) == 1
@@ -213,15 +213,22 @@ def test_all_that_commands_run_beyond_the_rows_starts(commands, images, tmp_path
         one_step(shrunk(experiment), tmp_path / str(i))
 
 
-def test_the_models_are_built_in_full_size_for_the_data(images):
-    for name, (shape, classes) in (("novack-regularizers", SHAPES["cifar10"]), ("smith-n-step", SHAPES["cifar10"]),
-                                   ("novack-micro-batch", SHAPES["cifar100"]), ("smith-rates-fashion", SHAPES["fashion_mnist"]),
-                                   ("novack-vgg", SHAPES["cifar10"]), ("sgd-iir", SHAPES["cifar10"])):  # fmt: skip
-        base = study(name, "paper").base
-        L = build(shrunk(base, "full"), 2)[0]
-        with torch.device("meta"):
-            expected = MODELS[base.model]("full", shape=shape, num_classes=classes)
-        assert L.num_params == sum(p.numel() for p in expected.parameters())
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("sgd-iir", "cifar10"),
+        ("smith-n-step", "cifar10"),
+        ("smith-rates-mlp", "fashion_mnist"),
+        pytest.param("novack-vgg", "cifar10", marks=pytest.mark.slow),
+        pytest.param("novack-micro-batch", "cifar100", marks=pytest.mark.slow),
+    ],
+)
+def test_the_models_are_built_in_full_size_for_the_data(name, data, images):
+    base, (shape, classes) = study(name, "paper").base, SHAPES[data]
+    L = build(shrunk(base, "full"), 2)[0]
+    with torch.device("meta"):
+        expected = MODELS[base.model]("full", shape=shape, num_classes=classes)
+    assert L.num_params == sum(p.numel() for p in expected.parameters())
 
 
 def test_subsets_are_asked_for_by_their_numbers(images):
@@ -234,15 +241,20 @@ def test_subsets_are_asked_for_by_their_numbers(images):
 
 
 @pytest.mark.parametrize(
-    "command", ["run edge-of-stability --scale paper", "run --scale=paper", "sweep smith-rates --scale paper --workers 1",
-                "sweep smith-rates-fashion --scale paper --workers 2"],
-)  # fmt: skip
+    "command",
+    [
+        "run edge-of-stability --scale paper",
+        "run --scale=paper",
+        "sweep smith-rates --scale paper --workers 1",
+        pytest.param("sweep smith-rates-mlp --scale paper --workers 2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_missing_data_set_is_one_message(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DATASETS", raising=False)
     assert main(command.split()) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if "curvlab: " in line]
-    file = "fashion-mnist/train-images" if "fashion" in command else "cifar-10-batches-py/data_batch_1"
+    file = "fashion-mnist/train-images" if "mlp" in command else "cifar-10-batches-py/data_batch_1"
     assert len(told) == 1
     assert f"expected {file}" in told[0]
     assert "Nothing is downloaded" in told[0]
@@ -252,7 +264,7 @@ def test_a_missing_data_set_is_one_message(command, tmp_path, monkeypatch, capsy
     ("command", "message"),
     [
         ("run control --scale paper", "no preset 'control' at --scale paper, but at --scale small; there are edge-of"),
-        ("run smith-rates-fashion", "no preset 'smith-rates-fashion' at --scale small, but at --scale paper"),
+        ("run smith-rates-mlp", "no preset 'smith-rates-mlp' at --scale small, but at --scale paper"),
         ("run smith-rates --scale paper", "smith-rates is a study of 3 rows; run it by `curvlab sweep smith-rates`"),
     ],
 )
@@ -263,7 +275,7 @@ def test_what_does_not_exist_at_a_scale_is_said(command, message, capsys):
 
 def test_another_scale_is_refused(capsys):
     with pytest.raises(SystemExit):
-        main("run control --scale large".split())
+        main(["run", "control", "--scale", "large"])
     assert "Expected one of ('small'" in " ".join(capsys.readouterr().err.split())
 
 
@@ -283,7 +295,7 @@ def test_list_and_explain_have_them(capsys):
     assert main(["explain", "sgd-iir"]) == 0
     out = capsys.readouterr().out
     assert "at --scale paper" in out
-    assert "smith-n-step-fashion" in out
+    assert "smith-n-step-mlp" in out
     shown = {line.split("  ")[0]: line for line in out.splitlines()}
     assert "fig. 4d" in shown["lr"]
     assert "ours" in shown["steps"]
@@ -309,7 +321,7 @@ def test_small_commands_are_understood(figure):
     name = figure.small or figure.name
     if name in TO_COME - set(STUDIES):
         pytest.xfail("comes with the small studies")
-    asked, base, labels = costs.asked(figure.command("small"))
+    _, base, labels = costs.asked(figure.command("small"))
     assert labels
     assert base.device == "cpu"
 

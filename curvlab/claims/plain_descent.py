@@ -25,7 +25,8 @@ class PlainDescent:
         self.batch_size = training.get("batch_size")
         self.examples = training.get("objective", {}).get("examples")
         self.replacement = bool(training.get("replacement"))
-        self.trained_loss = training.get("trained_loss")
+        augmented = (training.get("batches") or {}).get("augment")
+        self.trained_loss = training.get("trained_loss") or (augmented and f"images are augmented, {augmented}")
         self.subset = training.get("objective", {}).get("subset")
         self.lrs = np.unique(run.column("lr")[1])
 

@@ -70,6 +70,8 @@ def _no_independent_batches(training: Mapping[str, Any]) -> str | None:
         return "how the batches were drawn is not stated; train on curvlab.Batches"
     if batches["order"] != "new":
         return f"batches are cut once and taken in {batches['order']} order: they are no random draws"
+    if batches.get("augment"):
+        return "batches are of augmented images, and the spread that is measured is not"
     if training.get("penalties") or training.get("trained_loss"):
         return "the gradient that is logged has more than the measured loss in it"
     if training.get("batch_size") == training.get("objective", {}).get("examples") and not training.get("replacement"):

@@ -11,6 +11,7 @@ from ..problems.paper.figures import NEEDS
 from ..problems.paper.marks import is_ours
 from ..problems.presets import Experiment
 from ..problems.studies import Row, Study, studies
+from ..regularizers import REGULARIZERS
 from . import FOLDER
 from .costs import asked, estimate
 
@@ -47,6 +48,8 @@ class Setting(NamedTuple):
     @property
     def short(self) -> str:
         text = f"{self.name} {self.value}".replace("=", " = ").replace("penalty.", "penalty ")
+        for name, entry in sorted(REGULARIZERS.items(), key=lambda item: -len(item[0])):
+            text = text.replace(name.removesuffix("_penalty"), entry.symbol) if "penalty" in self.name else text
         return f"{text}{'†' if is_ours(self.source) else ''}"
 
 

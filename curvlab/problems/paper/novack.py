@@ -19,7 +19,7 @@ _BASE: Marked = {
     "n": ours(0, "all training examples"),
     "validation": ours(5000, "what settings are tuned on is not stated"),
     "augment": ours("crop_flip", "not stated; the accuracies suggest it"),
-    "model": stated("resnet18", "sec. 3.1, with batch normalization; the stem for small images is ours"),
+    "model": stated("resnet18", "sec. 3.1, with BatchNorm; the stem for small images is ours"),
     "loss": stated("cross_entropy", "appendix A"),
     "batch_size": stated((5120,), "sec. 3.1"),
     "micro_batch": stated(128, "sec. 3.1; appendix A.1: large batches are accumulated from small ones"),

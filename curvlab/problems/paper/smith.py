@@ -148,15 +148,15 @@ SMITH: dict[str, Study] = {
         _CIFAR, "batch sizes at equal λ/B, WRN-10-1 (Smith et al. 2021, fig. 3b)", 10_000_000, "sec. 3: 10 million"
     ),
     "smith-n-step": _n_step(_DECAYED, "n updates on each batch, WRN-16-4 (Smith et al. 2021, fig. 4)", "a middle one", None),
-    "smith-rates-fashion": _rates(
+    "smith-rates-mlp": _rates(
         _FASHION, "learning rates against C_reg in the loss, MLP (Smith et al. 2021, fig. 6a)", 2.0**-2,
         "appendix D: the optimal λ; fig. 6 has no such row",
     ),
-    "smith-batch-rates-fashion": _batch_rates(_FASHION, "batch sizes at equal ε/B, MLP (Smith et al. 2021, fig. 6b)"),
-    "smith-batch-penalties-fashion": _batch_penalties(
+    "smith-batch-rates-mlp": _batch_rates(_FASHION, "batch sizes at equal ε/B, MLP (Smith et al. 2021, fig. 6b)"),
+    "smith-batch-penalties-mlp": _batch_penalties(
         _FASHION, "batch sizes at equal λ/B, MLP (Smith et al. 2021, fig. 6c)", 1_500_000, "appendix D: 1.5 million"
     ),
-    "smith-n-step-fashion": _n_step(
+    "smith-n-step-mlp": _n_step(
         _FASHION, "n updates on each batch, MLP (Smith et al. 2021, fig. 7)", "a middle one",
         {"steps": stated(6_000_000, "appendix D, fig. 7b: 6 million updates")},
     ),
