@@ -771,6 +771,8 @@ def _write_tiny_imagenet(folder, train, test):
     names = [f"n{9 - k}" for k in range(10)]  # listed in another order than sorted
     (home / "val" / "images").mkdir(parents=True)
     (home / "wnids.txt").write_text("\n".join(names))
+    for class_name in names:
+        (home / "train" / class_name / "images").mkdir(parents=True)
     rows = []
     for part, (x, y) in {"train": train, "val": test}.items():
         for i, (image, k) in enumerate(zip(x, y, strict=True)):
@@ -835,6 +837,62 @@ def test_readers_give_what_is_in_the_files(name, files, monkeypatch):
     assert (few_labels != labels[:5]).sum() == 2
     inner = (folder / READERS[name][2]).parent
     assert torch.equal(DATA[name](folder=inner, standardize="none", dtype=torch.float64)[0][0], got)
+
+
+def _loaded(name, folder):
+    return [tensor for part in DATA[name](folder=folder, standardize="none") for tensor in part]
+
+
+@readers
+def test_a_file_that_is_cut_off_never_gives_other_data(name, files):
+    """Each file of a copy, cut at several places: refused, or, where nothing that is read is lost, the same."""
+    folder = files[0]
+    whole, told = _loaded(name, folder), []
+    for file in sorted(path for path in folder.rglob("*") if path.is_file())[:8]:
+        raw = file.read_bytes()
+        for size in (0, len(raw) // 3, len(raw) - len(raw) // 8, len(raw) - 1):
+            file.write_bytes(raw[:size])
+            try:
+                got = _loaded(name, folder)
+            except ValueError as error:
+                told.append(str(error))
+            else:
+                assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True)), (file, size)
+        file.write_bytes(raw)
+    assert len(told) >= 6
+    assert all(str(folder) in message for message in told)
+
+
+@pytest.mark.parametrize("name", ["tiny_imagenet"])
+def test_a_copy_of_tiny_imagenet_that_is_not_whole_is_refused(name, files):
+    from PIL import Image
+
+    home = files[0] / "tiny-imagenet-200"
+    image = next(home.glob("val/images/*.JPEG"))
+    raw = image.read_bytes()
+    image.unlink()
+    with pytest.raises(ValueError, match=r"val_annotations.txt does not name each of 5 images once with a known class"):
+        _loaded(name, files[0])
+    Image.new("RGB", (64, 32)).save(image)
+    with pytest.raises(ValueError, match=r"JPEG has 32x64 pixels, expected 64x64"):
+        _loaded(name, files[0])
+    image.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(ValueError, match=r"JPEG cannot be read as an image .*get the data set again"):
+        _loaded(name, files[0])
+    image.write_bytes(raw)
+    (home / "train" / "n99").mkdir()
+    with pytest.raises(ValueError, match=r"train has \d+ folders and wnids.txt 10 classes, which are not the same"):
+        _loaded(name, files[0])
+
+
+@pytest.mark.parametrize("name", ["cifar10"])
+def test_subsets_are_drawn_by_a_seed_of_their_own(name, files):
+    folder, (x, _), _ = files
+    for seed in (0, 5):
+        few = DATA[name](6, folder=folder, standardize="none", subset_seed=seed, dtype=torch.float64)[0][0]
+        assert np.array_equal(few.numpy(), x[np.random.default_rng(seed).permutation(13)[:6]] / 255)
+        more = DATA[name](9, folder=folder, standardize="none", subset_seed=seed, seed=3, dtype=torch.float64)[0][0]
+        assert torch.equal(more[:6], few)
 
 
 @readers

@@ -2,8 +2,9 @@
 
 Every data set takes the same arguments and returns the same thing, ((x_train, y_train), (x_test, y_test)):
 
-- ``n``: number of training examples, default all: the first n of one fixed permutation of the training set, so that a
-  smaller subset is part of every larger one (the papers do not say which examples they took); the test set is whole;
+- ``n``: number of training examples, default all: the first n of a permutation of the training set, so that a smaller
+  subset is part of every larger one (the papers do not say which examples they took); the test set is whole;
+- ``subset_seed``: draws that permutation, and nothing else; replicates over ``seed`` have the same examples;
 - ``folder``: where the files are, default the environment variable DATASETS; nothing is downloaded;
 - ``standardize``: "channel", each channel minus its mean over the training examples that are returned, divided by its
   standard deviation; "image", the same for each image by itself; or "none", pixels from 0 to 1;
@@ -18,7 +19,8 @@ and raises a FileNotFoundError where a file is missing, and a ValueError where o
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
@@ -40,6 +42,7 @@ class Options(TypedDict, total=False):
 
     standardize: Literal["channel", "image", "none"]
     label_noise: float
+    subset_seed: int
     seed: int
     dtype: torch.dtype
 
@@ -137,13 +140,29 @@ def tiny_imagenet(n: int | None = None, *, folder: Folder = None, **options: Unp
     """
     home = find("tiny_imagenet", folder, ("tiny-imagenet-200", ""), "wnids.txt").parent
     classes = {name: k for k, name in enumerate(sorted((home / "wnids.txt").read_text().split()))}
-    pairs = [(path, k) for name, k in classes.items() for path in sorted(home.glob(f"train/{name}/images/*.JPEG"))]
-    notes = find("tiny_imagenet", home, ("val",), "val_annotations.txt").read_text().splitlines()
-    test_pairs = [(home / "val" / "images" / row.split("\t")[0], classes[row.split("\t")[1]]) for row in notes]
-    train, test = (
-        (np.array([str(p) for p, _ in rows]), np.array([k for _, k in rows])) for rows in (pairs, test_pairs)
-    )
-    return _finish(train, test, n, num_classes=len(classes), decode=_decode, **options)
+    folders = {path.name for path in home.glob("train/*")}
+    if folders != set(classes):
+        raise ValueError(
+            f"{home}/train has {len(folders)} folders and wnids.txt {len(classes)} classes, which are not the same; get the "
+            "data set again from its home"
+        )
+    train = [(path, k) for name, k in classes.items() for path in sorted(home.glob(f"train/{name}/images/*.JPEG"))]
+    test = _annotated(find("tiny_imagenet", home, ("val",), "val_annotations.txt"), classes)
+    both = [(np.array([str(path) for path, _ in rows]), np.array([k for _, k in rows])) for rows in (train, test)]
+    return _finish(*both, n, num_classes=len(classes), decode=_decode, **options)
+
+
+def _annotated(notes: Path, classes: Mapping[str, int]) -> list[tuple[Path, int]]:
+    """The images of the validation set and their classes, each image named once."""
+    rows = [line.split("\t") for line in notes.read_text().splitlines()]
+    odd = [row for row in rows if len(row) < 2 or row[1] not in classes]
+    files = {path.name for path in (notes.parent / "images").glob("*.JPEG")}
+    if odd or sorted(row[0] for row in rows) != sorted(files):
+        raise ValueError(
+            f"{notes} does not name each of {len(files)} images once with a known class; get the data set again from its "
+            "home"
+        )
+    return [(notes.parent / "images" / row[0], classes[row[1]]) for row in rows]
 
 
 def _cifar(name: str, folder: Folder, place: str, file: str, labels: str, num_classes: int) -> Arrays:
@@ -162,8 +181,14 @@ def _decode(paths: np.ndarray) -> np.ndarray:
 
     images = []
     for path in paths:
-        with Image.open(path) as image:
-            images.append(np.asarray(image.convert("RGB"), dtype=np.uint8).transpose(2, 0, 1))
+        try:
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"), dtype=np.uint8)
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{path} cannot be read as an image ({error}); get the data set again") from None
+        if pixels.shape != (64, 64, 3):
+            raise ValueError(f"{path} has {pixels.shape[0]}x{pixels.shape[1]} pixels, expected 64x64")
+        images.append(pixels.transpose(2, 0, 1))
     return np.stack(images)
 
 
@@ -176,6 +201,7 @@ def _finish(
     decode: Callable[[np.ndarray], np.ndarray] = lambda images: images,
     standardize: Literal["channel", "image", "none"] = "channel",
     label_noise: float = 0.0,
+    subset_seed: int = 0,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Split:
@@ -185,7 +211,7 @@ def _finish(
         raise ValueError(f"n is {n}, expected 1 to {len(x)}, the examples in the files. Pass n=None for all of them.")
     if standardize not in ("channel", "image", "none"):
         raise ValueError(f"standardize is {standardize!r}, expected 'channel', 'image' or 'none'. Pass one of these.")
-    chosen = np.random.default_rng(0).permutation(len(x))[:n]
+    chosen = np.random.default_rng(subset_seed).permutation(len(x))[:n]
     y = replace_labels(y[chosen], label_noise, num_classes=num_classes, rng=np.random.default_rng(seed))
     images, test_images = (torch.as_tensor(decode(a).copy()).to(dtype).div_(255) for a in (x[chosen], x_test))
     if standardize == "channel":

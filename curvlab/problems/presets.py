@@ -111,7 +111,7 @@ PRESETS: dict[str, Experiment] = {
         ),
     ),
     "loss-differences": Experiment(
-        activation="gelu", loss="cross_entropy", label_noise=0.2, lr=0.4, batch_size=(128, 1024), every=3,
+        activation="gelu", loss="cross_entropy", label_noise=0.2, lr=0.4, batch_size=(128, 1024),
         diagnostics=(
             "loss", "gradient_norm", "sharpness", "interaction_sharpness", "instability", "gradient_concentration",
             "expected_loss_difference",
