@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all notebooks lint clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -21,6 +21,10 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PYTEST)
+
+# The .py files are the notebooks' sources; the .ipynb beside them are the same with outputs.
+notebooks: $(READY)
+	$(BIN)/python notebooks/execute.py
 
 lint: $(READY)
 	$(BIN)/ruff check

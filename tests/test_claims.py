@@ -261,6 +261,26 @@ def test_no_claim_holds_on_the_control(tmp_path, fraction):
     assert not [v for v in verdicts if v.decision == "holds"]
 
 
+class TestVerdicts:
+    def test_only_the_claims_asked_for_are_judged(self, tmp_path):
+        run = planted(tmp_path / "run", s=climb(1.08))
+        found = claims.check(run, ["edge_of_stability", "progressive_sharpening"])
+        assert [v.claim for v in found] == ["edge_of_stability", "progressive_sharpening"]
+        with pytest.raises(ValueError, match=r"no claims \['edge'\]; there are .*edge_of_stability"):
+            claims.check(run, ["edge"])
+
+    def test_they_show_what_applies_and_count_the_rest(self, tmp_path):
+        found = claims.check(planted(tmp_path / "<run>", s=climb(1.08)), ["edge_of_stability", "interaction_edge"])
+        assert [v.decision for v in found] == ["holds", "not applicable"]
+        line, others = repr(found).splitlines()
+        assert line.startswith("edge_of_stability  <run>  holds  1.0")
+        assert others == "not applicable: 1 verdicts"
+        table = found._repr_html_()
+        assert "&lt;run&gt;" in table
+        assert table.count("<tr>") == 2
+        assert found[0].number in table
+
+
 class TestStatistics:
     def test_levels_cover_the_mean_of_an_autocorrelated_series(self):
         rng, hits = np.random.default_rng(0), 0

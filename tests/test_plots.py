@@ -1,11 +1,13 @@
 """Figures: that every figure is drawn from a log alone and shows what it claims; behavioural."""
 
+import io
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from test_claims import planted, wave
 
 import curvlab as cl
@@ -84,6 +86,13 @@ def test_nothing_to_draw_is_said(tmp_path):
 def test_plots_need_no_torch():
     code = "import sys, curvlab.plots, curvlab.claims\nassert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_notebook_shows_the_whole_figure_without_pyplot(run):
+    figure = plots.edge_of_stability(run)
+    pixels = imread(io.BytesIO(figure._repr_png_()))
+    assert pixels.shape[:2] == (560, 720)
+    assert len(np.unique(pixels.reshape(-1, 4), axis=0)) > 10  # curves, bands, text
 
 
 def test_what_was_measured_over_an_axis_is_drawn_with_its_interval():

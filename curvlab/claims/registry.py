@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import html
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,6 +34,34 @@ class Verdict:
     details: dict[str, Any] = field(default_factory=dict)
     run: str = ""
 
+    @property
+    def number(self) -> str:
+        """The statistic with its interval, as tables show it."""
+        if self.statistic is None or self.interval is None:
+            return ""
+        return f"{self.statistic:.3f} [{self.interval[0]:.3f}, {self.interval[1]:.3f}]"
+
+
+class Verdicts(list[Verdict]):
+    """A list that shows what applies to the runs, in a notebook as a table: claim, run, decision, statistic, reason."""
+
+    def __repr__(self) -> str:
+        lines = ("  ".join(part for part in row if part) for row in self._rows())
+        return "\n".join([*lines, *self._others()])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{name}</th>" for name in ("claim", "run", "verdict", "statistic, 95%", "why"))
+        cells = ("".join(f'<td style="text-align: left">{html.escape(x)}</td>' for x in row) for row in self._rows())
+        body = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<table><tr>{head}</tr>{body}</table>" + "".join(f"<p>{line}</p>" for line in self._others())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return [(v.claim, v.run, v.decision, v.number, v.reason) for v in self if v.decision != "not applicable"]
+
+    def _others(self) -> list[str]:
+        count = len(self) - len(self._rows())
+        return [f"not applicable: {count} verdicts"] * bool(count)
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -58,17 +87,27 @@ def claim(*, source: str, sentence: str, several: bool = False) -> Callable[[Cal
     return register
 
 
-def check(runs: Run | Sequence[Run]) -> list[Verdict]:
-    """All claims on a run, or on several: each claim about one run for every run, then those about several together.
+def check(runs: Run | Sequence[Run], names: Iterable[str] | None = None) -> Verdicts:
+    """Claims on a run, or on several: each claim about one run for every run, then those about several together.
 
     A claim reads logs and nothing else. Where a quantity that it needs was not measured it is not applicable, and the
     reason names the quantity.
+
+    Args:
+        names: of the claims to judge; default all.
+
+    Raises:
+        ValueError: an unknown name.
     """
     runs = [runs] if isinstance(runs, Run) else list(runs)
-    verdicts = [_judge(c, run, run.path.name) for c in CLAIMS.values() if not c.several for run in runs]
+    names = list(CLAIMS if names is None else names)
+    if unknown := [name for name in names if name not in CLAIMS]:
+        raise ValueError(f"there are no claims {unknown}; there are {', '.join(CLAIMS)}")
+    chosen = [CLAIMS[name] for name in names]
+    verdicts = Verdicts(_judge(c, run, run.path.name) for c in chosen if not c.several for run in runs)
     if len(runs) > 1:
         together = ", ".join(run.path.name for run in runs)
-        verdicts += [_judge(c, runs, together) for c in CLAIMS.values() if c.several]
+        verdicts += [_judge(c, runs, together) for c in chosen if c.several]
     return verdicts
 
 

@@ -29,12 +29,7 @@ def verdict_table(verdicts: Sequence[Verdict], *, every: bool = False) -> str:
     rows = []
     applicable = [v for v in verdicts if v.decision != "not applicable"]
     for v in verdicts if every else applicable:
-        number = (
-            ""
-            if v.statistic is None or v.interval is None
-            else f"{v.statistic:.3f} [{v.interval[0]:.3f}, {v.interval[1]:.3f}]"
-        )
-        rows.append((v.claim, v.run, v.decision, number, v.reason))
+        rows.append((v.claim, v.run, v.decision, v.number, v.reason))
     shown = table(("claim", "run", "verdict", "statistic, 95%", "why"), rows)
     others = 0 if every else len(verdicts) - len(applicable)
     return shown + f"\n\n{others} verdicts are not applicable; --all says why" * (others > 0)

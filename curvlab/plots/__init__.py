@@ -3,12 +3,14 @@
 from .bands import bands, common
 from .points import density, lines, measurements, plane
 from .runs import batch_sizes, edge_of_stability, figures, loss_difference, plot, quantities
-from .style import save
+from .style import axes_of, colours, save
 from .sweeps import sweep
 
 __all__ = [
+    "axes_of",
     "bands",
     "batch_sizes",
+    "colours",
     "common",
     "density",
     "edge_of_stability",

@@ -18,11 +18,15 @@ SHADES = ["#440154", "#3b528b", "#21918c", "#5ec962", "#e0b400"]  # dark to ligh
 
 
 def axes_of(*shape: int, **options: Any) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure as NewFigure  # not pyplot: no display, no global state
+    """A figure and its axes in the style of all others, as `matplotlib.pyplot.subplots` makes them; `figsize` is needed.
+
+    Nothing of it is global: `save` writes the figure, and a notebook shows it where it is the last expression of a cell.
+    """
+    from .inline import Inline  # not pyplot: no display, no global state
 
     size = options.pop("figsize")
     ratios: dict[str, Any] = {k: options.pop(k) for k in ("height_ratios", "width_ratios") if k in options}
-    figure = NewFigure(figsize=size, layout="constrained")
+    figure = Inline(figsize=size, layout="constrained")
     axes = figure.subplots(*shape, gridspec_kw=ratios or None, **options)
     for ax in np.ravel(axes):
         ax.spines[["top", "right"]].set_visible(False)
@@ -41,7 +45,7 @@ def point_marker(steps: Any) -> str | None:
 
 
 def colours(count: int) -> list[Any]:
-    """So many colours that can be told apart."""
+    """So many colours that can be told apart; up to six of them by the colour-blind."""
     if count <= 6:
         return [BLUE, RED, GREEN, ORANGE, PURPLE, BLACK][:count]
     from matplotlib import colormaps
