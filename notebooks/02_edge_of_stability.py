@@ -60,13 +60,13 @@ for name, colour, style in (("sharpness", blue, "-"), ("interaction_sharpness", 
     top.plot(series.steps, series.values * LR / 2, style, color=colour, lw=1, label=name.replace("_", " "))
 top.axhline(1, color="0.3", ls=":", label="2/lr")
 top.set(ylabel="curvature, in units of 2/lr", ylim=(0, 1.6))
-for name, colour, style in (("gradient_alignment", blue, "-"), ("gradient_cosine", red, "--")):
+cosines = {"gradient_alignment": "with the sharpest direction (absolute)", "gradient_cosine": "with the next gradient"}
+for (name, label), colour, style in zip(cosines.items(), (blue, red), ("-", "--"), strict=True):
     series = run.series(name)
-    bottom.plot(series.steps, series.values, style, color=colour, lw=1)
-bottom.text(0.99, 0.86, "with the sharpest direction (absolute)", color=blue, ha="right", transform=bottom.transAxes)
-bottom.text(0.99, 0.12, "with the gradient of the next step", color=red, ha="right", transform=bottom.transAxes)
-bottom.set(ylabel="cosine of the gradient", xlabel="step", ylim=(-1.1, 1.3), xlim=(0, min(STEPS, 300)))
-top.legend(fontsize=8, loc="upper left")
+    bottom.plot(series.steps, series.values, style, color=colour, lw=1, label=label)
+bottom.set(ylabel="cosine of the gradient", xlabel="step", ylim=(-1.1, 1.1), xlim=(0, min(STEPS, 300)))
+for ax in (top, bottom):
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(0.05, 0.4))
 figure
 
 # %% [markdown]

@@ -45,7 +45,7 @@ def descend(model, data, lr, b, name):
 
 
 images, _ = cl.problems.digits(1024)
-digits = [descend(cl.problems.mlp((64, 64, 64, 10), "tanh"), images, 0.2, b, f"digits, b = {b}") for b in SIZES]
+digits = [descend(cl.problems.mlp((64, 64, 64, 10), "tanh"), images, 0.2, b, f"digits b={b}") for b in SIZES]
 cl.plots.batch_sizes(digits)
 
 # %% [markdown]
@@ -53,7 +53,7 @@ cl.plots.batch_sizes(digits)
 
 # %%
 regression, _ = cl.problems.linear_regression(256, 16, noise=1.0)
-control = [descend(cl.problems.linear(16, 1), regression, 0.12, b, f"control, b = {b}") for b in CONTROL]
+control = [descend(cl.problems.linear(16, 1), regression, 0.12, b, f"control b={b}") for b in CONTROL]
 
 figure, panels = cl.plots.axes_of(1, 2, figsize=(9.6, 4.2), sharey=True)
 shown = {"instability": "tr(H S_b)/tr(S_n)", "sharpness": "sharpness", "batch_sharpness": "batch sharpness",
@@ -74,7 +74,7 @@ for ax, sizes, trained, lr, title in zip(
     ax.set_xticks(sizes, sizes)
     ax.set(xlabel="batch size b", title=title, ylim=(0, 1.5))
 panels[0].set_ylabel("second half, in units of 2/lr: median, quartiles")
-panels[1].legend(fontsize=8, loc="center right")
+panels[1].legend(fontsize=8, loc="center", bbox_to_anchor=(0.5, 0.4))
 figure
 
 # %% [markdown]

@@ -24,7 +24,7 @@ import curvlab as cl
 torch.set_num_threads(1)  # small models are fastest with one
 runs = Path(mkdtemp())  # or a folder of your own, such as Path("runs")
 
-STEPS = 450
+STEPS = 600
 LR = 0.4
 ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25)  # of the step, as in fig. 3
 
@@ -68,7 +68,7 @@ ax.axhline(1, color="0.3", ls=":", label="as at the start of the step: a quadrat
 ax.set(
     xlabel=r"position along the step, $\alpha$",
     ylabel=r"$\|H_\alpha\|_{S_n}/\|H\|_{S_n}$: median, quartiles",
-    ylim=(0, 3),
+    ylim=(0.5, 1.5),
 )
 ax.legend(fontsize=8)
 figure

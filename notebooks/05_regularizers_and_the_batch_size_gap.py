@@ -26,7 +26,7 @@ import curvlab as cl
 torch.set_num_threads(1)  # small models are fastest with one
 runs = Path(mkdtemp())  # or a folder of your own, such as Path("runs")
 
-STEPS = 700
+STEPS = 500
 SEEDS = range(5)  # problems
 
 # %% [markdown]
@@ -37,21 +37,21 @@ SEEDS = range(5)  # problems
 # %%
 base = cl.problems.Experiment(
     data="sparse_regression", n=20, model="diagonal_linear", loss="squared_error", dtype="float64",
-    lr=0.06, steps=STEPS, every=7, diagnostics=("loss", "test_loss"),
+    lr=0.06, steps=STEPS, every=11, diagnostics=("loss", "test_loss"),
 )  # fmt: skip
 penalized = {"penalty": ("gradient_norm=0.03",)}
 regimes = {
-    "small batches, b = 1": {"batch_size": (1,)},
-    "large batches, b = 20": {},
-    "penalty, |M| = 1": penalized | {"micro_batch": 1},
-    "penalty, |M| = 20": penalized | {"micro_batch": 20},
-    "penalty, one sampled |M| = 1": {"penalty": ("sampled_gradient_norm=0.03",), "micro_batch": 1},
+    "small batches (b = 1)": {"batch_size": (1,)},
+    "large batches (b = 20)": {},
+    "penalty (|M| = 1)": penalized | {"micro_batch": 1},
+    "penalty (|M| = 20)": penalized | {"micro_batch": 20},
+    "penalty (one sampled |M| = 1)": {"penalty": ("sampled_gradient_norm=0.03",), "micro_batch": 1},
 }
 
 
 def trained(name, change, seed):
     e = replace(base, **change, init_seed=seed, data_seed=seed, probe_seed=seed)
-    run = runs / f"{name}, seed {seed}"
+    run = runs / f"{name} seed {seed}"
     for _ in cl.problems.start(e, e.batch_size[0], run=run).snapshots:
         pass
     return cl.Run(run)
@@ -60,31 +60,28 @@ def trained(name, change, seed):
 found = {name: [trained(name, change, seed) for seed in SEEDS] for name, change in regimes.items()}
 
 # %% [markdown]
-# ## Test loss along training, and where it ends
+# ## Test loss against training loss, and where training ends
 
 # %%
 figure, (left, right) = cl.plots.axes_of(1, 2, figsize=(10.4, 4.2), width_ratios=[1.2, 1])
-colours = dict(zip(found, cl.plots.colours(len(found)), strict=True))
+styles = zip(cl.plots.colours(len(found)), ("-", "--", "-.", ":", (0, (5, 1, 1, 1))), "os^Dv", strict=True)
 end = {name: np.log([run.series("test_loss").values[-1] for run in members]) for name, members in found.items()}
-large = end["large batches, b = 20"]
-for i, (name, members) in enumerate(found.items()):
-    series = [run.series("test_loss") for run in members]
-    mean = np.exp(np.mean([np.log(s.values) for s in series], axis=0))
-    left.semilogy(
-        series[0].steps, mean, color=colours[name], ls=["-", "--", "-.", ":", (0, (5, 1, 1, 1))][i], label=name
+for i, ((name, members), (colour, style, marker)) in enumerate(zip(found.items(), styles, strict=True)):
+    losses = [[np.log(run.series(of).values) for run in members] for of in ("loss", "test_loss")]
+    left.loglog(*np.exp(np.mean(losses, axis=1)), color=colour, ls=style, label=name)
+    gain = end["large batches (b = 20)"] - end[name]
+    mean = cl.sweep.estimate(gain)
+    right.plot(gain, [i] * len(gain), ".", color=colour, alpha=0.5)
+    right.errorbar(
+        mean.value, i, xerr=[[mean.value - mean.low], [mean.high - mean.value]], color=colour, marker=marker, capsize=3
     )
-    gain = large - end[name]
-    right.plot(gain, [i] * len(gain), ".", color=colours[name], alpha=0.5)
-    if name != "large batches, b = 20":
-        estimate = cl.sweep.estimate(gain)
-        half = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
-        right.errorbar(estimate.value, i, xerr=half, color=colours[name], marker="o", capsize=3)
+left.invert_xaxis()
+left.set(xlabel="training loss, falling with time", ylabel=f"test loss (geometric means of {len(SEEDS)} problems)")
+left.legend(fontsize=8)
 right.axvline(0, color="0.3", lw=1)
 right.set_yticks(range(len(found)), found)
 right.invert_yaxis()
-right.set(xlabel="gain over large batches in log test loss:\neach problem, mean and 95%")
-left.set(xlabel="step", ylabel=f"test loss, geometric mean of {len(SEEDS)} problems")
-left.legend(fontsize=8)
+right.set(xlabel="gain over large batches in log test loss at the end:\neach problem, mean and 95%")
 figure
 
 # %% [markdown]

@@ -119,9 +119,8 @@ def covers(seed, num_probes):
 
 
 for num_probes in (4, 16):
-    print(
-        f"{num_probes} probes: {np.mean([covers(seed, num_probes) for seed in range(TRIALS)]):.1%} of 95% intervals contain it"
-    )
+    share = np.mean([covers(seed, num_probes) for seed in range(TRIALS)])
+    print(f"{num_probes} probes: {share:.1%} of the 95% intervals contain the truth")
 
 # %% [markdown]
 # ## In a run

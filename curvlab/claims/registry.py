@@ -56,7 +56,8 @@ class Verdicts(list[Verdict]):
         return f"<table><tr>{head}</tr>{body}</table>" + "".join(f"<p>{line}</p>" for line in self._others())
 
     def _rows(self) -> list[tuple[str, ...]]:
-        return [(v.claim, v.run, v.decision, v.number, v.reason) for v in self if v.decision != "not applicable"]
+        shown = (v for v in self if v.decision != "not applicable")
+        return [(v.claim, _shortened(v.run), v.decision, v.number, v.reason) for v in shown]
 
     def _others(self) -> list[str]:
         count = len(self) - len(self._rows())
@@ -72,6 +73,11 @@ class Claim:
     source: str
     sentence: str
     several: bool
+
+
+def _shortened(runs: str) -> str:
+    names = runs.split(", ")
+    return runs if len(names) <= 5 else f"{len(names)} runs"
 
 
 CLAIMS: dict[str, Claim] = {}

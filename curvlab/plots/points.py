@@ -37,7 +37,7 @@ def measurements(found: Mapping[str, Measurement], *, title: str = "") -> Figure
     for ax, (name, m) in zip(axes.flat, curves.items(), strict=False):
         curve(ax, m)
         ax.set_title(name, fontsize=9, loc="left")
-        ax.tick_params(labelsize=8)
+        ax.tick_params(labelsize=8, which="both")
     for ax in axes.flat[len(curves) :]:
         ax.set_visible(False)
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
@@ -56,6 +56,7 @@ def curve(ax: Axes, m: Measurement) -> None:
         ax.barh(places, value, xerr=bars, color=BLUE, alpha=0.7, error_kw={"lw": 1})
         ax.set_yticks(places, [str(point) for point in points])
         ax.invert_yaxis()
+        ax.set_ylabel(name, fontsize=8)
         return
     x = np.array(points, dtype=float)
     if name == "eigenvalue":
@@ -95,10 +96,10 @@ def _density(ax: Axes, grid: np.ndarray, values: np.ndarray, low: np.ndarray, hi
 def lines(found: Lines) -> Figure:
     """The loss along the directions of `curvlab.landscape.top_lines`."""
     figure, axes = axes_of(1, figsize=(6.0, 4.0))
-    for name, values, colour in zip(found.names, found.values, [RED, BLUE, ORANGE, PURPLE, BLACK], strict=False):
-        axes.plot(
-            found.alphas, np.where(np.isfinite(values), values, np.nan), color=colour, lw=1.3, label=f"along {name}"
-        )
+    styles = zip([RED, BLUE, ORANGE, PURPLE, BLACK], ["-", "--", "-.", ":", "-"], strict=True)
+    for name, values, (colour, style) in zip(found.names, found.values, styles, strict=False):
+        shown = np.where(np.isfinite(values), values, np.nan)
+        axes.plot(found.alphas, shown, color=colour, ls=style, lw=1.3, label=f"along {name}")
     axes.axvline(0, color="0.7", lw=0.8)
     axes.set_xlabel("distance")
     axes.set_ylabel("loss")

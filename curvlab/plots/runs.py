@@ -207,7 +207,7 @@ def batch_sizes(runs: Sequence[Run]) -> Figure:
     left.set_xlabel("step")
     left.set_ylabel(rf"$\|H\|_{{S_b}}$   (dashed: {name})")
     left.set_title(title(runs[0], batch=False), fontsize=9, loc="left")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="lower center", ncols=3)
     _plateaus(right, plateaus, name)
     return figure
 
@@ -296,7 +296,7 @@ def quantities(run: Run, names: Sequence[str] | None = None) -> Figure:
             )
             curve(ax, Measurement(value, error, kind, df, floor, axis=series.axis))
             ax.set_title(f"{name}, at step {series.steps[last]}", fontsize=9, loc="left")
-        ax.tick_params(labelsize=8)
+        ax.tick_params(labelsize=8, which="both")
     for ax in axes.flat[len(names) :]:
         ax.set_visible(False)
     figure.suptitle(title(run), fontsize=9, x=0.01, ha="left")
