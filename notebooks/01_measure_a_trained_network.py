@@ -43,8 +43,8 @@ for name, m in found.items():
 
 # %% [markdown]
 # Two identities say whether such numbers can be trusted. For cross-entropy the Gauss-Newton matrix is the Fisher
-# matrix, so the trace of the one, sampled with four probes, must agree with that of the other, which is exact here. And
-# on a problem that is small enough for a dense Hessian the sharpness must be its largest eigenvalue.
+# matrix, so the trace of the one, sampled with four probes, must agree with that of the other, which is exact here.
+# And on a problem that is small enough for a dense Hessian the sharpness must be its largest eigenvalue.
 
 # %%
 sampled = cl.measure(L, [("fisher_trace", {"probes": 4})])["fisher_trace"]
@@ -78,3 +78,22 @@ cl.plots.measurements(curves, title="digits, MLP 64-64-64-10 tanh, cross-entropy
 
 # %%
 cl.plots.lines(cl.landscape.top_lines(L, step=-L.gradient(), radius=1.0))
+
+# %% [markdown]
+# The spectrum is of the kind that the two papers describe: a bulk at zero with a tail to 0.6, and outside of it seven
+# eigenvalues, up to 3.4, a few less than there are classes. Along the two sharpest directions the loss is anything
+# but quadratic at a distance of 1. The Gauss-Newton part makes up four fifths of $\mathrm{tr}(H)$; the first layer
+# carries most of both, sharpness and trace.
+#
+# The curves show what small batches see. A gradient of one example is nearly all noise, $\rho_1 = 0.004$, and the
+# curvature along it is 1.85 on average. As $b$ grows $\rho_b$ goes to 1 and $\|H\|_{S_b}$ to 2.84, still below the
+# sharpness, which it never exceeds.
+#
+# **On a GPU, or at the paper's scale.** Load your own weights into your own module and pass it with `.to("cuda")`,
+# its loss and its data to `cl.Objective`; nothing else changes. `memory="8 GiB"` there bounds what measuring may
+# keep, and a subset of a few thousand examples is usually enough, with `population_size=` for the size of the whole.
+# With many classes leave out `ggn_trace` and ask for `("hessian_trace", {"method": "hutchinson"})`: by default both
+# cost a pass for each output.
+#
+# **Where this differs from the papers.** They measure convolutional networks, at many points of training; this is one
+# point of a small one. No claim is judged: there is no run. The identities above are exact theorems, and hold.
