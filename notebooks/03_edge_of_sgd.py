@@ -88,17 +88,17 @@ cl.claims.check(digits, claims)
 cl.claims.check(control, claims)
 
 # %% [markdown]
-# Lee's picture holds on digits: for each $b$ the plateau of $\|H\|_{S_b}$ lies on $2\rho_b/\eta$ or up to a tenth
+# Lee's picture holds on digits: for each $b$ the plateau of $\|H\|_{S_b}$ lies on $2\rho_b/\eta$ or up to an eighth
 # above it, rises with $b$, and saturates at $2/\eta$. Batch sharpness does not settle at $2/\eta$ for small batches:
 # it stays at 0.43 for $b = 8$ and 0.64 for $b = 32$, close to $\|H\|_{S_b}$, and reaches 0.99 only at $b = 512$. So
 # `batch_sharpness_is_closer` does not hold here.
 #
 # Now the control. There `instability` sits at $2/\eta$ just the same, within 15%, with a sharpness of a tenth of
 # $2/\eta$ and nothing unstable anywhere. Being at $2/\eta$ is therefore no evidence of an edge, and that
-# `instability` is the closer of the two says less than it seems. What tells digits from the control is the dashed red
-# line: on digits the sharpness itself answers to $b$, which no balance of noise on a fixed quadratic can do. That is
-# why `interaction_edge` is "undecided" for $b = 8$ and 32, whose sharpness stays below $2/\eta$, why `iir` asks for
-# several batch sizes and for that answer, and why neither holds on the control.
+# `instability` is the closer of the two says less than it seems. What tells digits from the control is the sharpness
+# itself (dashed, squares): on digits it answers to $b$, which no balance of noise on a fixed quadratic can bring
+# about. That is why `interaction_edge` is "undecided" for $b = 8$ and 32, whose sharpness stays below $2/\eta$, why
+# `iir` asks for several batch sizes and for that answer, and why neither holds on the control.
 #
 # **On a GPU, or at the paper's scale.** Lee's figure 4d has $b = 2^3 \ldots 2^{13}$ on CIFAR-10-8k:
 # `cl.problems.load("cifar10-8k")`, `cl.problems.model("6cnn").to("cuda")`, and a rate of 0.01 or 0.02. Every batch

@@ -12,7 +12,7 @@
 # The setting: full batches, cross-entropy, and 20% wrong labels, without which the loss collapses and leaves the
 # edge.
 
-# %% reduced="STEPS = 30"
+# %% reduced="STEPS, LR = 40, 0.8"
 from pathlib import Path
 from tempfile import mkdtemp
 

@@ -13,7 +13,7 @@
 #
 # We measure both orders in double precision, then look at what the modified loss does to the curvature.
 
-# %% reduced="SEEDS, RATES, STEPS = (0,), (0.04, 0.02, 0.01), 50"
+# %% reduced="SEEDS, RATES, STEPS = (0,), (0.04, 0.02, 0.01), 24"
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -97,3 +97,22 @@ figure
 for name in ("C", "C_mod"):
     apart = np.abs(followed["SGD"].values / followed[name].values - 1)
     print(f"sharpness of SGD, relative distance to that of the flow on {name}: median {np.median(apart):.1%}")
+
+# %% [markdown]
+# The claim holds: the orders are 2 and 3, for SGD and for 3-step SGD with its own coefficient. At the smallest rate
+# the modified flow comes fifty to a hundred times closer to where SGD ends. In the second part, with a rate thirty
+# times the largest of the first, well outside of the expansion, the flow on $C_{\mathrm{mod}}$ still tells most of
+# what SGD does to the curvature: the sharpness of SGD is 4.0% away from that along the flow on $C$ in the median,
+# lower at every step, and 0.8% from that along the flow on $C_{\mathrm{mod}}$. At the peak, where the curvature
+# changes fastest, SGD is lower than both.
+#
+# **On a GPU, or at the paper's scale.** The orders need double precision and an integrator of the flow, so this part
+# is best left at a small scale; `rates=` and `seeds=` of `cl.problems.orders` change it. At the scale of the paper's
+# figures 1 and 2, a Wide-ResNet on CIFAR-10, one trains on the modified loss itself: `cl.train(..., penalties=[(rate,
+# "implicit_regularizer")], micro_batch_size=32)` with `cl.problems.model("wrn_10_1").to("cuda")` and
+# `cl.problems.load("cifar10")`, against plain training at larger rates. On digits no benefit of a larger rate is
+# sure, so none of the claims about it applies there.
+#
+# **Where this differs from the paper.** The paper derives the orders and tests their consequences for test accuracy;
+# the direct measurement of the orders, and the curvature along the flows, are ours. The batches of the second part
+# come in a new order in each epoch, one run.

@@ -134,8 +134,7 @@ for v in cl.claims.check(run, ["edge_of_stability", "momentum_edge", "interactio
 # monitor allows measurements at few steps only is a property of this problem: a step of training costs hardly more
 # than a single product with the Hessian.
 #
-# No claim applies, and that is as it should be: their thresholds assume a constant learning rate, and their reasons
-# say so.
+# No claim applies, and that is as it should be: they speak of plain descent, or of a constant learning rate.
 #
 # **On a GPU, or at your scale.** Nothing in the monitor changes: model and data where they are, `sgd` the optimizer
 # that you have, also wrapped by Fabric or accelerate. What matters is the fixed `data` that it measures on: a few

@@ -155,6 +155,10 @@ ax.set(xlabel="step", ylabel=r"share of $\|H\|_F^2$, with 95% interval", ylim=(0
 ax.legend(fontsize=8, loc="center right")
 figure
 
+# %%
+for k in (0, 10):
+    print(f"k = {k:2}: {cl.measure(L, [('hessian_frobenius', {'k': k})])['hessian_frobenius']}")
+
 # %% [markdown]
 # ## Its page
 #
@@ -162,3 +166,18 @@ figure
 
 # %%
 _ = curvlab(["explain", "hessian_frobenius"])
+
+# %% [markdown]
+# At the start ten directions of 8970 hold a tenth of $\|H\|_F^2$. After 100 steps it is 94%, in the end 98%, and the
+# largest eigenvalue alone has 30%: curvature is as low-dimensional as Gur-Ari et al. say. Taking the top eigenvectors
+# out of the probes shrinks the standard error from 8 to 0.04, so that the band of the last figure cannot be seen.
+# Both quantities agree with the dense Hessian, and the intervals contain the truth about as often as they promise,
+# also with four probes.
+#
+# **On a GPU, or at scale.** Nothing changes: `.to(at.w)` puts the signs where the parameters are, and `at.generator`
+# draws the same ones for every device. A diagnostic that needs the batch size, the learning rate or held-out data
+# says so by `needs=("batch_size",)`; it is then refused, with the fix, where they are missing.
+#
+# **Where this differs from the paper.** Gur-Ari et al. follow the gradient in the top subspace (`gradient_top_share`
+# measures that); the share of the Frobenius norm is our example. There is no claim to judge. One that reads the log
+# of your quantity is again one function and one decorator, `cl.claims.claim`.
