@@ -4,9 +4,11 @@
 # On a quadratic loss gradient descent with learning rate $\eta$ diverges as soon as the largest eigenvalue of the
 # Hessian, the sharpness, exceeds $2/\eta$. Cohen et al. 2021 ([arXiv 2103.00065](https://arxiv.org/abs/2103.00065),
 # fig. 1) found that networks train right there: the sharpness rises to $2/\eta$ and hovers just above it, while the
-# loss goes down, although not at every step. Lee 2022 (fig. 4a-c and sec. 4.2) adds a second curvature, along the
-# gradient, $\|H\|_{S_n} = \nabla L^\top H\,\nabla L/\|\nabla L\|^2$, which stays near zero, soars once the gradient
-# has turned into the sharpest direction, and then oscillates *around* $2/\eta$.
+# loss goes down, although not at every step. Lee 2022 (fig. 4a-c and sec. 4.2; much of it is also in *A new
+# characterization of the edge of stability based on a sharpness measure aware of batch gradient distribution*, ICLR
+# 2023) adds a second curvature, along the gradient, $\|H\|_{S_n} = \nabla L^\top H\,\nabla L/\|\nabla L\|^2$, which
+# stays near zero, soars once the gradient has turned into the sharpest direction, and then oscillates *around*
+# $2/\eta$.
 #
 # We train on digits with full batches, measure at every step, and let the claims of both papers be judged.
 
