@@ -274,7 +274,7 @@ class TestVerdicts:
         assert [v.decision for v in found] == ["holds", "not applicable"]
         line, others = repr(found).splitlines()
         assert line.startswith("edge_of_stability  <run>  holds  1.0")
-        assert others == "not applicable: 1 verdicts"
+        assert others == "not applicable: 1 of 2"
         table = found._repr_html_()
         assert "&lt;run&gt;" in table
         assert table.count("<tr>") == 2

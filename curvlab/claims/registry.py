@@ -61,7 +61,7 @@ class Verdicts(list[Verdict]):
 
     def _others(self) -> list[str]:
         count = len(self) - len(self._rows())
-        return [f"not applicable: {count} verdicts"] * bool(count)
+        return [f"not applicable: {count} of {len(self)}"] * bool(count)
 
 
 @dataclass(frozen=True)
