@@ -4,13 +4,15 @@ the operations that are in it, which is made once for each shape of a chunk."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batches import leaves, take, tree_map
+from .capture import Capture
 from .linearize import Linearized, NotTraceable, linearize
 from .objective import Chunk, Objective
 
@@ -25,6 +27,7 @@ class ChunkGradient:
     objective: Objective
     losses: Tensor
     grads: list[Tensor]
+    capture: Capture | None = None
 
     @property
     def value(self) -> Tensor:
@@ -43,12 +46,25 @@ class ChunkGradient:
 
 
 class GradientGraph(ChunkGradient):
-    """By autograd: the gradient, with the graph that leads to it."""
+    """By autograd: the gradient, with the graph that leads to it.
 
-    def __init__(self, objective: Objective, params: list[Tensor], chunk: Chunk) -> None:
+    Args:
+        owners: layers that are listened to, for example gradients without a pass of their own; the result is `capture`.
+    """
+
+    def __init__(
+        self, objective: Objective, params: list[Tensor], chunk: Chunk, owners: dict[str, nn.Module] | None = None
+    ) -> None:
         self.objective = objective
-        losses = objective.losses(params, chunk)
-        grads = objective.grads(losses.sum(), params, create_graph=True)
+        with nullcontext() if owners is None else Capture(objective, chunk, owners) as self.capture:
+            losses = objective.losses(params, chunk)
+        edges = [] if self.capture is None else self.capture.edges
+        found: Sequence[Tensor | None] = [None] * len([*params, *edges])
+        if losses.requires_grad:
+            found = torch.autograd.grad(losses.sum(), [*params, *edges], create_graph=True, allow_unused=True)
+        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=False)]
+        if self.capture is not None:
+            self.capture.deltas = [None if d is None else d.detach() for d in found[len(params) :]]
         self.losses, self.grads = losses.detach(), [g.detach() for g in grads]
         # Only gradients that vary with the parameters, and parameters that they vary with, take part in products.
         self._varying = [i for i, g in enumerate(grads) if g.requires_grad]

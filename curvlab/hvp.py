@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .capture import Capture, layers_of
 from .gradient_graph import ChunkGradient, GradientGraph, TracedGradient, recordings, still_true
 from .objective import Chunk, Objective
 
@@ -42,6 +43,8 @@ class HessianProducts:
 
     Args:
         batch: indices of the examples whose mean loss is differentiated; default all.
+        listens: whether the pass that builds a kept graph also captures what example gradients need, as far as that fits in
+            a quarter of the objective's `memory`; see `captures`.
 
     Attributes:
         engine: the engine in use.
@@ -52,7 +55,13 @@ class HessianProducts:
     _value_and_gradient: tuple[Tensor, Tensor] | None
 
     def __init__(
-        self, objective: Objective, w: Tensor, *, engine: Engine = "auto", batch: Tensor | None = None
+        self,
+        objective: Objective,
+        w: Tensor,
+        *,
+        engine: Engine = "auto",
+        batch: Tensor | None = None,
+        listens: bool = False,
     ) -> None:
         if engine not in ("auto", *ENGINES):
             raise ValueError(f"engine is {engine!r}; expected 'auto' or one of {ENGINES}")
@@ -65,7 +74,7 @@ class HessianProducts:
         self.objective = objective
         self.w = objective.point(w)
         self.constants = objective.constants()
-        self._asked, self._batch = engine, batch
+        self._asked, self._batch, self._listens = engine, batch, listens
         self._recordings = recordings(objective)
         self._cut()
         self.size = sum(chunk.size for chunk in self.chunks)
@@ -80,6 +89,12 @@ class HessianProducts:
         """H(w) @ V, (P, K) -> (P, K)."""
         return self.objective.fitting(lambda: self._product(V), self._cut)
 
+    @property
+    def captures(self) -> list[Capture]:
+        """What was heard of the layers while the graphs were built, a capture for each chunk that had room."""
+        self.value_and_gradient()
+        return [point.capture for point in self._points if point.capture is not None]
+
     def _cut(self) -> None:
         """The data in chunks, with nothing computed."""
         self.chunks = self.objective.pieces(self._batch, self.objective.chunk_size)
@@ -91,12 +106,14 @@ class HessianProducts:
         L = self.objective
         value = torch.zeros((), dtype=torch.float64, device=L.device)
         gradient = torch.zeros(L.num_params, dtype=L.dtype, device=L.device)
+        owners, room = layers_of(L) if self._listens else None, L.memory / 4
         with L.measuring(self.constants):
             for i, chunk in enumerate(self.chunks):
-                point = self._at(chunk, check=i == 0)
+                point = self._at(chunk, owners if i < self.kept and room > 0 else None, check=i == 0)
                 value, gradient = value + point.value, gradient + point.gradient
                 if i < self.kept:
                     self._points.append(point)
+                    room -= point.capture.nbytes if point.capture else 0
         return value / self.size, gradient / self.size
 
     def _product(self, V: Tensor) -> Tensor:
@@ -131,7 +148,7 @@ class HessianProducts:
             return int(self.objective.memory / 2 / max(1, needed))
         return self.objective.graphs_that_fit if self.engine == "graph" else 0
 
-    def _at(self, chunk: Chunk, *, check: bool) -> ChunkGradient:
+    def _at(self, chunk: Chunk, owners: dict[str, nn.Module] | None = None, *, check: bool) -> ChunkGradient:
         """The gradient of a chunk, and what its products need."""
         L = self.objective
         chunk, params = L.place(chunk), L.leaves_at(self.w)
@@ -142,7 +159,7 @@ class HessianProducts:
                 return point
             self._recordings.refuse()
             self.engine = "graph"
-        return GradientGraph(L, params, chunk)
+        return GradientGraph(L, params, chunk, owners)
 
     def _jvp_of_gradient(self, chunk: Chunk, v: Tensor) -> Tensor:
         L = self.objective

@@ -363,6 +363,10 @@ class Objective:
         self._reseed(chunk)
         return torch.func.functional_call(self._call, self._state(params), (chunk.batch,), {"outputs_only": True})
 
+    def read_outputs(self, returned: Any) -> Any:
+        """The outputs in what a call of the model returned: its logits, where the loss reads them."""
+        return logits(returned) if self._call.reads_logits else returned
+
     def grads(
         self, value: Tensor, params: list[Tensor], *, create_graph: bool = False, retain_graph: bool | None = None
     ) -> list[Tensor]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layers import Part, Rows, part, rule
-from .linalg.probes import generator, normal
+from .capture import Capture, layers_of, places_of
+from .layers import Part, Rows
 from .objective import Chunk, Objective
 
 Scalars = Callable[[list[Tensor], Chunk], Tensor]
@@ -36,6 +33,7 @@ class ExampleGradients:
 
     Args:
         along: (N, C) vectors u_i; the gradients are then those of u_i·f(x_i), J_iᵀ u_i, instead of those of the losses.
+        heard: what another pass over the data at w has captured already; chunks that are not among them have a pass here.
 
     Attributes:
         rules: how each parameter is treated, ``"layer"`` or ``"vmap"``, by name.
@@ -43,13 +41,16 @@ class ExampleGradients:
     Source: Goodfellow 2015 (arXiv 1510.01799) for linear layers; Rochette et al. 2019 (arXiv 1912.06015) for convolutions.
     """
 
-    def __init__(self, objective: Objective, w: Tensor, *, along: Tensor | None = None) -> None:
+    def __init__(
+        self, objective: Objective, w: Tensor, *, along: Tensor | None = None, heard: Iterable[Capture] = ()
+    ) -> None:
         objective.require_examples("per-example gradients")
         self.objective = L = objective
         self.w = objective.point(w)
         self._along = along
+        self._heard = {capture.positions.start: capture for capture in heard}
         self._scalars: Scalars = L.losses if along is None else self._projected
-        self._layers = _layers_of(L)
+        self._layers = layers_of(L)
         self.rules = {name: "layer" if name in self._layers else "vmap" for name in L.names}
         self._formed = [name for name in L.names if name not in self._layers]
         numbers = sum(size for name, size in zip(L.names, L.sizes, strict=True) if name not in self._layers)
@@ -103,7 +104,7 @@ class ExampleGradients:
             parts = self._kept.get(i)
             if parts is None:
                 with L.measuring():
-                    parts, used = _capture(L, self.w, chunk, self._layers, self._scalars)
+                    parts, used = self._captured(chunk)
                     # a layer may be called otherwise on other examples than on those of the check
                     lost = [name for name, module in self._layers.items() if module not in used]
                     if self._formed or lost:
@@ -113,104 +114,29 @@ class ExampleGradients:
                     self._kept[i], self._kept_bytes = parts, self._kept_bytes + size
             yield chunk, parts
 
+    def _captured(self, chunk: Chunk) -> tuple[list[Part], set[nn.Module | None]]:
+        heard = self._heard.get(chunk.positions.start)
+        if heard is not None and heard.positions == chunk.positions:
+            if self._along is not None:
+                return heard.parts_along(self._along[chunk.positions])
+            if heard.deltas is not None:
+                return heard.parts(heard.deltas)
+        with Capture(self.objective, chunk, self._layers) as capture:
+            values = self._scalars(self.objective.leaves_at(self.w), chunk)
+        return capture.parts_of(values)
+
     def _projected(self, params: list[Tensor], chunk: Chunk) -> Tensor:
         batch, along = chunk.batch
         return (self.objective.outputs(params, replace(chunk, batch=batch)) * along).flatten(1).sum(1)
 
     def _form(self, chunk: Chunk, names: list[str]) -> Rows:
         """Example gradients of the parameters without a rule, by vmap, or by a loop where vmap cannot."""
-        places = _places(self.objective)
+        places = places_of(self.objective)
         names = [n for n in self.objective.names if n in names]
         where = torch.cat([torch.arange(places[n].start, places[n].stop) for n in names])
         params = [p.detach() for p in self.objective.leaves_at(self.w)]
         rows = self.objective.chunk_gradients(params, chunk, names, self._scalars)
         return Rows(rows, where.to(self.objective.device))
-
-
-def _layers_of(L: Objective) -> dict[str, nn.Module]:
-    """The parameters whose layer rule reproduces the backward pass, with their layers; found once per objective."""
-    cached = getattr(L, "_layer_rules", None)
-    if cached is None:
-        owners = {
-            f"{prefix}.{name}" if prefix else name: module
-            for prefix, module in L.model.named_modules()
-            if rule(module)
-            for name, _ in module.named_parameters(recurse=False)
-        }
-        counts = Counter(id(p) for _, p in L.model.named_parameters(remove_duplicate=False))
-        alone = {name for name, p in L.model.named_parameters() if counts[id(p)] == 1}  # tied ones have cross terms
-        with L.measuring():
-            cached = _verified(L, {name: m for name, m in owners.items() if name in L.names and name in alone})
-        L._layer_rules = cached  # type: ignore[attr-defined]
-    return cached
-
-
-def _verified(L: Objective, owners: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Drop the layers for which a random combination of example gradients is not what the backward pass gives."""
-    # Not at the current point, where a head of zeros, as many networks start with, would hide everything before it.
-    chunk, w = L.first(5), L.params()
-    w = w + (0.1 + w.abs().mean()) * normal(w.shape, w, generator=generator("layer rules"))
-    coefficients = torch.linspace(1.7, 0.3, chunk.size, device=L.device, dtype=L.dtype)
-    coefficients[::2] *= -1
-    params = L.leaves_at(w)
-    truth = L.grads((L.losses(params, chunk) * coefficients).sum(), params)
-    parts, captured = _capture(L, w, chunk, owners, L.losses)
-    total = torch.zeros(L.num_params, 1, device=L.device, dtype=L.dtype)
-    for p in parts:
-        p.add_combination(coefficients[:, None], total)
-    eps, largest = torch.finfo(L.dtype).eps, max(float(g.abs().max()) for g in truth)
-    good: dict[str, nn.Module] = {}
-    for (name, place), g in zip(_places(L).items(), truth, strict=True):
-        if owners.get(name) in captured:
-            error = float((total[place, 0] - g.flatten()).abs().max())
-            if error <= math.sqrt(eps) * float(g.abs().max()) + 1e3 * eps * largest:
-                good[name] = owners[name]
-    return good
-
-
-def _capture(
-    L: Objective, w: Tensor, chunk: Chunk, owners: dict[str, nn.Module], scalars: Scalars
-) -> tuple[list[Part], set[nn.Module | None]]:
-    """The parts of the layers in `owners`, and those layers that were called once, with the examples first."""
-    kept: dict[nn.Module, Tensor] = {}
-    edges: dict[nn.Module, Any] = {}
-    calls: dict[nn.Module, int] = {}
-
-    def remember(module: nn.Module, args: tuple, output: Tensor) -> None:
-        calls[module] = calls.get(module, 0) + 1
-        keep = rule(module)
-        if keep and args and isinstance(output, Tensor) and output.requires_grad and len(args[0]) == chunk.size:
-            kept[module] = keep(module, args[0].detach())
-            # The edge, not the tensor: a later in-place activation would make the tensor stand for its own result.
-            edges[module] = torch.autograd.graph.get_gradient_edge(output)
-
-    modules = list(dict.fromkeys(owners.values()))
-    handles = [module.register_forward_hook(remember) for module in modules]
-    try:
-        values = scalars(L.leaves_at(w), chunk)
-    finally:
-        for handle in handles:
-            handle.remove()
-    seen = [m for m in modules if calls.get(m) == 1 and m in edges]
-    if not seen or not values.requires_grad:
-        return [], set()
-    deltas = torch.autograd.grad(values.sum(), [edges[m] for m in seen], allow_unused=True)
-    places, names = _places(L), {m: name for name, m in L.model.named_modules()}
-    parts: list[Part] = []
-    used: set[nn.Module | None] = set()
-    for module, delta in zip(seen, deltas, strict=True):
-        if delta is not None and len(delta) == chunk.size:
-            prefix = f"{names[module]}." if names[module] else ""
-            own = {n: places[prefix + n] for n, _ in module.named_parameters(recurse=False) if prefix + n in owners}
-            parts.append(part(module, kept[module], delta, own))
-            used.add(module)
-    return parts, used
-
-
-def _places(L: Objective) -> dict[str, slice]:
-    """Where each parameter lies in the flat vector."""
-    ends = torch.cumsum(torch.tensor(L.sizes), 0).tolist()
-    return {name: slice(end - size, end) for name, size, end in zip(L.names, L.sizes, ends, strict=True)}
 
 
 def _total(terms: Iterator[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .capture import Capture
 from .hvp import Engine, HessianProducts
 from .linalg import LinearOperator
 from .linalg.probes import generator
@@ -19,6 +20,7 @@ from .operators import hessian
 from .per_example import ExampleGradients
 
 T = TypeVar("T")
+LISTENS = "listens"  # what a run carries from the first snapshot on whose example gradients were asked for
 
 
 @dataclass(frozen=True)
@@ -165,11 +167,30 @@ class Snapshot:
     @property
     def examples(self) -> ExampleGradients:
         """Per-example gradients at w."""
-        return self.shared("examples", lambda: ExampleGradients(self.objective, self.w))
+        return self.shared("examples", self.examples_along)
+
+    def examples_along(self, u: Tensor | None = None) -> ExampleGradients:
+        """Per-example gradients at w; with u (N, C) those of u_i·f(x_i) instead of the losses.
+
+        In a run, the pass that computes the gradient listens for them from the second point on that asks.
+        """
+        heard: list[Capture] = []
+        if self.carry is not None:
+            if self._listens:
+                heard = self._products.captures
+            self.carry[LISTENS] = True
+        return ExampleGradients(self.objective, self.w, along=u, heard=heard)
+
+    @property
+    def _listens(self) -> bool:
+        return self.carry is not None and LISTENS in self.carry
 
     @property
     def _products(self) -> HessianProducts:
-        return self.shared("products", lambda: HessianProducts(self.objective, self.w, engine=self.engine))
+        def compute() -> HessianProducts:
+            return HessianProducts(self.objective, self.w, engine=self.engine, listens=self._listens)
+
+        return self.shared("products", compute)
 
     def counted(self, A: LinearOperator) -> LinearOperator:
         """The same matrix, whose products are added to `matvecs`."""

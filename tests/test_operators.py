@@ -340,6 +340,7 @@ LAYERS = (
     {"linalg"},
     {"checks"},
     {"objective"},
+    {"capture"},
     {"gradient_graph", "per_example", "optimizers"},
     {"hvp"},
     {"operators"},

@@ -15,6 +15,7 @@ from cases import BY_NAME, CASES, CHUNKINGS, Reference, block, off, solved
 from torch import nn
 
 import curvlab as cl
+from curvlab.hvp import HessianProducts
 from curvlab.per_example import ExampleGradients
 
 
@@ -74,10 +75,65 @@ def test_captures_are_kept_while_they_fit_in_a_quarter_of_the_memory():
         rebuilt = ExampleGradients(problem.objective(chunk_size=4, memory=1), reference.w)
         rebuilt.squared_norms()
         before = len(calls)
-        rebuilt.squared_norms()
+        rebuilt.dot(block(len(reference.w)))
         assert len(calls) >= before + 3
+        before = len(calls)
+        rebuilt.squared_norms()  # are kept themselves
+        assert len(calls) == before
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("chunking", CHUNKINGS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_example_gradients_ride_on_the_pass_of_the_gradient(case, chunking):
+    problem, reference = solved(case.name)
+    L = problem.objective(chunk_size=CHUNKINGS[chunking])
+    products = HessianProducts(L, reference.w, listens=True)
+    plain = HessianProducts(L, reference.w)
+    for found, expected in zip(products.value_and_gradient(), plain.value_and_gradient(), strict=True):
+        assert off(found, expected) < 1e-14
+    heard, own = ExampleGradients(L, reference.w, heard=products.captures), ExampleGradients(L, reference.w)
+    V = block(len(reference.w))
+    calls = []
+    hook = problem.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        assert off(heard.squared_norms(), own.squared_norms()) < 1e-14
+        assert off(heard.squared_norms(), reference.rows.square().sum(1)) < 1e-13
+        own_calls = len(calls)
+        if not heard._formed:
+            assert own_calls == len(products.captures)  # those of `own`
+        assert off(heard.dot(V), reference.rows @ V, torch.linalg.norm(reference.rows)) < 1e-13
+    finally:
+        hook.remove()
+    assert off(products.matmat(V), plain.matmat(V)) < 1e-14
+
+
+@pytest.mark.parametrize("name", ["mlp_gelu_cross_entropy", "normalized_cnn", "weighted", "sequence"])
+def test_gradients_along_outputs_need_no_forward_pass_of_their_own(name):
+
+    problem, reference = solved(name)
+    L = problem.objective(chunk_size=4)
+    products = HessianProducts(L, reference.w, listens=True)
+    with torch.no_grad():
+        outputs = torch.cat([L.outputs(L.leaves_at(reference.w), chunk) for chunk in L.chunks()])
+    for seed in range(2):
+        u = torch.randn(outputs.shape, dtype=outputs.dtype, generator=torch.Generator().manual_seed(seed))
+        heard = ExampleGradients(L, reference.w, along=u, heard=products.captures).squared_norms()
+        assert off(heard, ExampleGradients(L, reference.w, along=u).squared_norms()) < 1e-14
+    assert off(products.matmat(block(L.num_params)), cl.hessian(L, reference.w) @ block(L.num_params)) < 1e-14
+
+
+def test_listening_stops_where_a_quarter_of_the_memory_ends():
+    problem, reference = solved("mlp_tanh_cross_entropy")
+    L = problem.objective(chunk_size=3)  # three chunks
+    bytes_each = HessianProducts(L, reference.w, listens=True).captures[0].nbytes
+    L.memory = 8 * bytes_each
+    L.__dict__["graph_bytes"] = 1.0  # all graphs are kept
+    products = HessianProducts(L, reference.w, listens=True)
+    assert (products.kept, len(products.captures)) == (3, 2)
+    found = ExampleGradients(L, reference.w, heard=products.captures)
+    assert off(found.squared_norms(), reference.rows.square().sum(1)) < 1e-13
 
 
 @pytest.mark.parametrize("chunking", CHUNKINGS)

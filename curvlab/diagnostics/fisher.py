@@ -9,7 +9,6 @@ import torch
 from ..linalg.probes import rademacher
 from ..losses import fisher_root
 from ..measurement import Measurement, missing
-from ..per_example import ExampleGradients
 from ..snapshot import Snapshot
 from .estimation import default_probes, estimate
 from .registry import diagnostic
@@ -99,5 +98,5 @@ def _mean_squared_norm(at: Snapshot, outputs: torch.Tensor, xi: torch.Tensor) ->
     L = at.objective
     along = fisher_root(L.loss, outputs, xi)
     assert along is not None
-    norms = ExampleGradients(L, at.w, along=along).squared_norms()
+    norms = at.examples_along(along).squared_norms()
     return float((norms if L.weights is None else norms * L.weights).mean())

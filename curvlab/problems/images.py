@@ -149,7 +149,7 @@ def tiny_imagenet(n: int | None = None, *, folder: Folder = None, **options: Unp
     train = [(path, k) for name, k in classes.items() for path in sorted(home.glob(f"train/{name}/images/*.JPEG"))]
     test = _annotated(find("tiny_imagenet", home, ("val",), "val_annotations.txt"), classes)
     both = [(np.array([str(path) for path, _ in rows]), np.array([k for _, k in rows])) for rows in (train, test)]
-    return _finish(*both, n, num_classes=len(classes), decode=_decode, **options)
+    return _finish(both[0], both[1], n, num_classes=len(classes), decode=_decode, **options)
 
 
 def _annotated(notes: Path, classes: Mapping[str, int]) -> list[tuple[Path, int]]:
