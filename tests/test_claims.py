@@ -243,6 +243,7 @@ def test_no_claim_holds_on_the_control(tmp_path, fraction):
     import curvlab as cl
 
     train, _ = cl.problems.linear_regression(128, 8, seed=3)
+    steps = 200 if fraction >= 0.1 else 1000  # so that small steps come to the plateau, and wander over it
     runs, medians = [], []
     for b in (4, 16, 64):
         model = cl.problems.linear(8, 1)
@@ -251,10 +252,10 @@ def test_no_claim_holds_on_the_control(tmp_path, fraction):
         sgd = torch.optim.SGD(model.parameters(), lr=fraction * 2 / top)
         names = ["loss", "gradient_norm", "sharpness", "interaction_sharpness", "instability", "gradient_concentration",
                  "expected_loss_difference"]  # fmt: skip
-        for at in cl.train(L, sgd, cl.Batches(128, b, 200), diagnostics=names, run=tmp_path / f"b{b}"):
+        for at in cl.train(L, sgd, cl.Batches(128, b, steps), diagnostics=names, run=tmp_path / f"b{b}"):
             lr = at.lr
         runs.append(Run(tmp_path / f"b{b}"))
-        medians.append(np.median(runs[-1].series("instability").values[100:]) * lr / 2)
+        medians.append(np.median(runs[-1].series("instability").values[steps // 2 :]) * lr / 2)
     assert all(0.7 < m < 1.4 for m in medians[:2]), medians  # where noise balances the descent, x is at 1
     verdicts = claims.check(runs)
     assert {v.claim for v in verdicts} == set(claims.CLAIMS)
