@@ -45,13 +45,6 @@ class Setting(NamedTuple):
     value: str
     source: str
 
-    @property
-    def short(self) -> str:
-        text = f"{self.name} {self.value}".replace("=", " = ").replace("penalty.", "penalty ")
-        for name, entry in sorted(REGULARIZERS.items(), key=lambda item: -len(item[0])):
-            text = text.replace(name.removesuffix("_penalty"), entry.symbol) if "penalty" in self.name else text
-        return f"{text}{'†' if is_ours(self.source) else ''}"
-
 
 def page() -> str:
     """The page as markdown."""
@@ -77,8 +70,10 @@ def settings(study: Study, rows: Iterable[Row] | None = None, base: Experiment |
     varied: dict[tuple[str, str], list[Any]] = {}
     for row in rows:
         axes = {**row.tune, **row.grid}
+        chosen = {"penalty"} & {axis.partition(".")[0] for axis in axes}  # its strength is an axis of the row
         for name, source in row.sources.items():
-            varied.setdefault((name, source), []).extend(axes.get(name, [row.change.get(name)]))
+            if name not in chosen:
+                varied.setdefault((name, source), []).extend(axes.get(name, [row.change.get(name)]))
     always = {name for name in study.sources if rows and all(name in row.sources for row in rows)}
     found = []
     for name, source in study.sources.items():
@@ -134,17 +129,33 @@ def _described(label: str, row: Row) -> tuple[str, str, str]:
 def _line(figure: Figure) -> tuple[str, ...]:
     command = figure.command("paper")
     study, base, labels = asked(command)
-    shown = [s for s in settings(study, [study.rows[label] for label in labels], base) if s.name.split(".")[0] in CORE]
-    given = [s.short for s in shown if s.value not in ("0", "none", "constant")]
-    about = f"{figure.number}: {figure.shows}"
-    small = f"`{figure.command('small')}`"
-    return (
-        about,
-        small,
-        f"`{command}`",
-        ", ".join(given),
-        "; ".join(filter(None, [figure.differences, estimate(command)])),
-    )
+    shown = [
+        s for s in settings(study, [study.rows[label] for label in labels], base) if s.name.partition(".")[0] in CORE
+    ]
+    small, last = f"`{figure.command('small')}`", "; ".join(filter(None, [figure.differences, estimate(command)]))
+    return f"{figure.number}: {figure.shows}", small, f"`{command}`", _brief(shown), last
+
+
+def _brief(shown: Iterable[Setting]) -> str:
+    """Settings in a cell: values of one name together, penalties by their symbols, and marks at those that are ours."""
+    values: dict[tuple[str, str], list[str]] = {}
+    for s in shown:
+        name = s.name.removeprefix("penalty.") if "options" not in s.name else ""
+        if s.value not in ("0", "none", "constant"):
+            mark = "†" if is_ours(s.source) else ""
+            values.setdefault((_symbol(name), mark), []).extend(s.value.split(", "))
+    names: dict[tuple[str, str], list[str]] = {}
+    for (name, mark), found in values.items():
+        text = ", ".join(_symbol(value).replace("=", " = ") for value in dict.fromkeys(found))
+        names.setdefault((text, mark), []).append(name)
+    return "; ".join(f"{', '.join(found)} {text}{mark}".strip() for (text, mark), found in names.items())
+
+
+def _symbol(text: str) -> str:
+    """A penalty, alone or with its strength, by its symbol; anything else as it is."""
+    name, equals, strength = text.partition("=")
+    entry = REGULARIZERS.get(name) or REGULARIZERS.get(f"{name}_penalty")
+    return f"{entry.symbol}{equals}{strength}" if entry else text
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

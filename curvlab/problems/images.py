@@ -146,10 +146,12 @@ def tiny_imagenet(n: int | None = None, *, folder: Folder = None, **options: Unp
             f"{home}/train has {len(folders)} folders and wnids.txt {len(classes)} classes, which are not the same; get the "
             "data set again from its home"
         )
-    train = [(path, k) for name, k in classes.items() for path in sorted(home.glob(f"train/{name}/images/*.JPEG"))]
-    test = _annotated(find("tiny_imagenet", home, ("val",), "val_annotations.txt"), classes)
-    both = [(np.array([str(path) for path, _ in rows]), np.array([k for _, k in rows])) for rows in (train, test)]
-    return _finish(both[0], both[1], n, num_classes=len(classes), decode=_decode, **options)
+    pairs = [(path, k) for name, k in classes.items() for path in sorted(home.glob(f"train/{name}/images/*.JPEG"))]
+    test_pairs = _annotated(find("tiny_imagenet", home, ("val",), "val_annotations.txt"), classes)
+    train, test = (
+        (np.array([str(path) for path, _ in rows]), np.array([k for _, k in rows])) for rows in (pairs, test_pairs)
+    )
+    return _finish(train, test, n, num_classes=len(classes), decode=_decode, **options)
 
 
 def _annotated(notes: Path, classes: Mapping[str, int]) -> list[tuple[Path, int]]:
