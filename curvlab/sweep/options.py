@@ -69,7 +69,7 @@ class Sweep:
             )
         if self.keep < 0 or self.keep > len(self.seeds):
             raise ValueError(
-                f"keep is {self.keep} of {len(self.seeds)} seeds; expected 0, for all, to {len(self.seeds)}"
+                f"keep is {self.keep} of {len(self.seeds)} seeds; expected 0, for all, to {len(self.seeds)}; give --keep"
             )
         if self.tune and not self.tuning_seeds:
             raise ValueError("--tune needs seeds of its own: give --tuning-seeds, such as 100,101")
