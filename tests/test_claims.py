@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from curvlab import Run, claims
 from curvlab.claims.plain_descent import plateau, plateau_start
@@ -17,7 +18,7 @@ LR = 0.2
 N = 1024
 
 
-def planted(path, *, s=None, x=None, y=None, u=None, loss=None, b=N, lr=LR, optimizer=None, trained_loss=None):
+def planted(path, *, s=None, x=None, y=None, u=None, loss=None, b=N, lr=LR, optimizer=None, trained_loss=None, seed=0):
     """A run folder whose log holds series given in units of 2/lr."""
     settings = {"name": "SGD", "momentum": 0.0, "weight_decay": 0.0} | (optimizer or {})
     training = {"objective": {"examples": N}, "optimizer": settings, "batch_size": b, "replacement": False}
@@ -29,11 +30,13 @@ def planted(path, *, s=None, x=None, y=None, u=None, loss=None, b=N, lr=LR, opti
     columns["gradient_norm"] = np.full(steps, 2.0)
     if y is not None:
         columns["expected_loss_difference"] = np.asarray(y) * lr * 4.0
-    run = Run.create(path, {"training": training})
-    for i in range(steps):
-        entries = {name: {"value": float(v[i]), "error": 0.0, "kind": "exact"} for name, v in columns.items()}
-        run.append({"step": i, "lr": lr if np.isscalar(lr) else lr[i], "measurements": entries})
-    run.close()
+    path.mkdir(parents=True)  # without the provenance of a real run, which takes longer than everything else
+    (path / "config.json").write_text(json.dumps({"training": training, "seed": seed}))
+    with (path / "measurements.jsonl").open("w") as stream:
+        for i in range(steps):
+            entries = {name: {"value": float(v[i]), "error": 0.0, "kind": "exact"} for name, v in columns.items()}
+            record = {"step": i, "lr": lr if np.isscalar(lr) else float(lr[i]), "measurements": entries}
+            stream.write(json.dumps(record) + "\n")
     return Run(path)
 
 
@@ -159,13 +162,16 @@ class TestIIR:
     plateaus = (0.35, 0.62, 0.87, 0.98, 1.0)
     sharp = (0.64, 0.88, 1.02, 1.06, 1.07)
 
-    def verdict(self, tmp_path, plateaus=plateaus, sharp=sharp, ratio=1.03, sizes=sizes):
-        runs = []
+    def runs(self, folder, plateaus=plateaus, sharp=sharp, ratio=1.03, sizes=sizes, **options):
+        found = []
         for b, u, s in zip(sizes, plateaus, sharp, strict=True):
             x = np.concatenate([np.linspace(0.1, ratio, 100), wave(400, ratio, 0.1, seed=b)])
             curve = np.concatenate([np.full(100, 0.9 * s), wave(400, s, 0.01, seed=b)])
-            runs.append(planted(tmp_path / f"b{b}", s=curve, x=x, u=np.full(500, u), b=b))
-        return claims.lee2022.iir(runs)
+            found.append(planted(folder / f"b{b}", s=curve, x=x, u=np.full(500, u), b=b, **options))
+        return found
+
+    def verdict(self, tmp_path, *args, **options):
+        return claims.lee2022_iir.iir(self.runs(tmp_path, *args, **options))
 
     def test_holds(self, tmp_path):
         verdict = self.verdict(tmp_path)
@@ -189,6 +195,39 @@ class TestIIR:
     def test_needs_several_batch_sizes_far_apart(self, tmp_path):
         sizes, plateaus, sharp = (32, 64, 128), self.plateaus[:3], self.sharp[:3]
         assert self.verdict(tmp_path, plateaus, sharp, sizes=sizes).decision == "not applicable"
+
+    def test_each_learning_rate_and_seed_is_compared_by_itself(self, tmp_path):
+        """Sharpness differs by 3 between learning rates, and sizes are at both: mixed they would be in no order."""
+        runs = [
+            run
+            for lr in (0.1, 0.3)
+            for seed in (0, 1, 2)
+            for run in self.runs(tmp_path / f"{lr}-{seed}", ratio=1 + 0.02 * seed, lr=lr, seed=seed)
+        ]
+        verdict = claims.lee2022_iir.iir(runs)
+        assert (verdict.decision, verdict.details["seeds"]) == ("holds", ["0", "1", "2"])
+        low, high = scipy.stats.t.interval(0.95, 2, *(f(np.log([1, 1.02, 1.04])) for f in (np.mean, scipy.stats.sem)))
+        assert verdict.interval == pytest.approx((np.exp(low), np.exp(high)), abs=0.01)
+        assert set(verdict.details["each"].values()) == {"holds"}
+
+    @pytest.mark.parametrize(
+        ("of_seeds", "decision"),
+        [
+            ([{}, {}, {"ratio": 1.6}], "undecided"),  # one seed of three is off
+            ([{"ratio": 1.58}, {"ratio": 1.6}, {"ratio": 1.62}], "does not hold"),
+            ([{}, {}, {"sharp": (0.9,) * 5}], "undecided"),
+            ([{"sharp": (0.9,) * 5}] * 3, "does not hold"),
+        ],
+    )
+    def test_planted_violations_of_several_seeds(self, tmp_path, of_seeds, decision):
+        runs = [r for i, options in enumerate(of_seeds) for r in self.runs(tmp_path / str(i), seed=i, **options)]
+        assert claims.lee2022_iir.iir(runs).decision == decision
+
+    def test_one_learning_rate_that_does_not_hold_decides(self, tmp_path):
+        runs = [*self.runs(tmp_path / "a", lr=0.1), *self.runs(tmp_path / "b", ratio=1.6, lr=0.3)]
+        verdict = claims.lee2022_iir.iir(runs)
+        assert verdict.decision == "does not hold"
+        assert sorted(verdict.details["each"].values()) == ["does not hold", "holds"]
 
 
 class TestQuadraticLossDifference:

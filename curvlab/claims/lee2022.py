@@ -1,16 +1,13 @@
-"""Lee 2022: the interaction of SGD with the loss landscape (Definitions 1 and 4, eq. 6, 9 and 11)."""
+"""Lee 2022: the interaction of SGD with the loss landscape (Definition 1, eq. 6 and 9)."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 
 from ..runs import Run
 from .plain_descent import FALLING, MIN_STEPS, PlainDescent, plateau, plateau_start
 from .registry import Decision, Verdict, claim
-from .statistics import Estimate, batch_medians, block_bootstrap, level, trend
+from .statistics import batch_medians, block_bootstrap, level, trend
 
 BAND = (0.85, 1.25)  # in units of 2/lr: measured plateaus sit 0-10% above it
 
@@ -81,89 +78,6 @@ def interaction_edge(run: Run) -> Verdict:
         "log_loss_trend": str(falling),
     }
     return Verdict(name, decision, reason, at.value, at.interval, "0.85 to 1.25 (instability·lr/2)", details)
-
-
-@claim(
-    source="Lee 2022, eq. 11 and fig. 4d",
-    sentence="Over batch sizes, ‖H‖_{S_b} settles at 2ρ_b/lr: proportional to b for small b, saturating at 2/lr.",
-    several=True,
-)
-def iir(runs: Sequence[Run]) -> Verdict:
-    """Implicit interaction regularization, as the b-dependence over several runs with equal lr.
-
-    For one run, ‖H‖_{S_b} ≤ 2ρ_b/lr is the same inequality as stability in Definition 1, so it says nothing new. Statistic:
-    the ratio of the plateau of ‖H‖_{S_b} to 2ρ_b/lr, the one farthest from 1 over b.
-
-    Holds needs all of: the ratio's interval in (0.85, 1.25) for every b; plateaus of ‖H‖_{S_b} ordered in b (each at least
-    0.95 of the one before, the last at least 1.5 of the first); the largest b at 0.9-1.1 of 2/lr; and, because ratio and
-    order also follow from balance of noise, a *sharpness* that answers to b: its level at the largest b is at least 1.15
-    times that at the smallest, between the near ends of the intervals. On a quadratic loss the sharpness is constant.
-    Does not hold: a run diverged, a ratio outside, no order, no saturation, or no answer of the sharpness.
-    Undecided: a run that has not arrived and whose sharpness still rises.
-    Not applicable: fewer than 3 batch sizes, less than a factor 16 between them, several learning rates, momentum.
-    """
-    name = "iir"
-    logs = sorted((PlainDescent(run) for run in runs), key=lambda one: one.batch_size or 0)
-    refusal = next((one.refusal for one in logs if one.refusal), None)
-    sizes = [one.batch_size for one in logs]
-    if refusal:
-        return Verdict(name, "not applicable", refusal)
-    if len(set(sizes)) < max(3, len(sizes)) or sizes[-1] < 16 * sizes[0] or len({one.lr for one in logs}) > 1:
-        why = f"batch sizes {sizes}: needs one run each for 3 or more, a factor 16 apart, at one learning rate"
-        return Verdict(name, "not applicable", why)
-    if any(one.diverged for one in logs):
-        return Verdict(name, "does not hold", "a run diverged")
-    rows = []
-    for one in logs:
-        _, columns = one.columns("instability", "sharpness", "interaction_sharpness")
-        x, s, u = (column * one.lr / 2 for column in columns)
-        if len(x) < MIN_STEPS:
-            return Verdict(
-                name, "undecided", f"{len(x)} measured steps at b={one.batch_size}; needs at least {MIN_STEPS}"
-            )
-        window = plateau(x)
-        rising = trend(np.log(np.maximum(s[len(s) // 2 :], 1e-12))).low > 0.01
-        if window is None and rising:
-            return Verdict(
-                name, "undecided", f"b={one.batch_size} has not settled and its sharpness still rises; train longer"
-            )
-        window = window or slice(len(x) // 2, None)
-        # ‖H‖_{S_b} over 2ρ_b/lr is x itself, because instability = ‖H‖_{S_b} / ρ_b
-        rows.append((level(x[window]), float(np.median(u[window])), level(s[window]), rising))
-    ratios, plateaus = [row[0] for row in rows], [row[1] for row in rows]
-    answer = Estimate(
-        rows[-1][2].value / rows[0][2].value, rows[-1][2].low / rows[0][2].high, rows[-1][2].high / rows[0][2].low
-    )
-    inside = all(r.low > BAND[0] and r.high < BAND[1] for r in ratios)
-    outside = [b for b, r in zip(sizes, ratios, strict=True) if r.high < BAND[0] or r.low > BAND[1]]
-    ordered = all(b >= 0.95 * a for a, b in pairwise(plateaus)) and plateaus[-1] >= 1.5 * plateaus[0]
-    saturated = 0.9 <= plateaus[-1] <= 1.1
-    decision: Decision
-    if inside and ordered and saturated and answer.low >= 1.15:
-        decision, reason = "holds", "plateaus follow 2ρ_b/lr, in order, up to 2/lr, and the sharpness answers to b"
-    elif not saturated and rows[-1][3] and not outside:
-        decision, reason = (
-            "undecided",
-            "the largest batch has not reached 2/lr and its sharpness still rises; train longer",
-        )
-    elif outside or not ordered or not saturated or answer.high < 1.15:
-        faults = [f"off the bound at b={outside}"] * bool(outside) + ["not ordered in b"] * (not ordered)
-        faults += [f"the largest b is at {plateaus[-1]:.2f} of 2/lr"] * (not saturated)
-        faults += ["the sharpness does not answer to b: balance of noise"] * (answer.high < 1.15)
-        decision, reason = "does not hold", "; ".join(faults)
-    else:
-        decision, reason = "undecided", "intervals are too wide; train longer"
-    worst = max(ratios, key=lambda r: abs(np.log(max(r.value, 1e-12))))
-    details = {
-        "batch_sizes": sizes,
-        "ratio_to_bound": [str(r) for r in ratios],
-        "plateau_over_2_by_lr": plateaus,
-        "sharpness": [str(row[2]) for row in rows],
-        "sharpness_answer": str(answer),
-    }
-    return Verdict(
-        name, decision, reason, worst.value, worst.interval, "0.85 to 1.25 (plateau / (2ρ_b/lr), worst b)", details
-    )
 
 
 @claim(

@@ -79,9 +79,13 @@ class Trial:
     @property
     def diverged(self) -> bool:
         """The log has a point without a value, or ends before the run should have."""
+        return self.ended_early or not np.isfinite(self._performance).all()
+
+    @property
+    def ended_early(self) -> bool:
+        """The log has no more than its start, or a next point of it would lie before the end."""
         logged = [record["step"] for record in self.run.records[-2:]]
-        short = len(logged) == 2 and 2 * logged[1] - logged[0] < self.steps - 1
-        return short or not np.isfinite(self._performance).all()
+        return self.steps > 1 if len(logged) == 1 else 2 * logged[1] - logged[0] < self.steps - 1
 
     @property
     def margin(self) -> float:
@@ -130,10 +134,9 @@ def _trial(run: Run) -> Trial | None:
     steps = int(stated.get("steps") or run.records[-1]["step"] + 1)
     experiment = run.config.get("experiment") or {}
     epochs = experiment.get("num_epochs") or round(steps * b / examples, 1)
-    seeds = [experiment.get("init_seed"), experiment.get("data_seed"), run.config.get("seed"), stated.get("seed")]
     return Trial(
-        run, float(lr), int(optimizer.get("n", 1)), b, int(examples), penalty, steps, float(epochs),
-        next((seed for seed in seeds if seed is not None), 0), _setting(run.config),
+        run, float(lr), int(optimizer.get("n", 1)), b, int(examples), penalty, steps, float(epochs), seed_of(run.config),
+        setting_of(run.config),
     )  # fmt: skip
 
 
@@ -147,7 +150,15 @@ def _penalty(training: Mapping[str, Any], b: int) -> float | None:
     return float(given[0][0]) * C_REG[given[0][1]]
 
 
-def _setting(config: Mapping[str, Any]) -> str:
+def seed_of(config: Mapping[str, Any]) -> Hashable:
+    """What replicates of a run differ in; 0 where no seed is stated."""
+    experiment, batches = config.get("experiment") or {}, config.get("training", {}).get("batches") or {}
+    seeds = [experiment.get("init_seed"), experiment.get("data_seed"), config.get("seed"), batches.get("seed")]
+    return next((seed for seed in seeds if seed is not None), 0)
+
+
+def setting_of(config: Mapping[str, Any]) -> str:
+    """Everything that a run states beside what the runs of a grid may differ in."""
     training, experiment = config["training"], config.get("experiment") or {}
     stated = {key: value for key, value in experiment.items() if key not in _VARIED}
     batches = {key: (training.get("batches") or {}).get(key) for key in ("epochs", "order")}
