@@ -63,6 +63,13 @@ def written(path, config, records, *, lr=0.1, error=0.0):
     return Run(path)
 
 
+def cut(run):
+    """The run with no more of its log than the first point, as one that diverges soon."""
+    file = run.path / "measurements.jsonl"
+    file.write_text(file.read_text().splitlines()[0] + "\n")
+    return Run(run.path)
+
+
 def grid(tmp_path, points, seeds=(0, 1, 2), **common):
     """Runs for every point (a dictionary of settings) and seed."""
     return [
@@ -119,6 +126,10 @@ class TestTrials:
     def test_a_run_that_ended_early_diverged(self, tmp_path):
         run = planted(tmp_path / "a", score=0.9, batches={"steps": 5000})
         assert trials.trials([run])[0].diverged
+
+    def test_a_run_that_has_logged_its_start_alone_diverged(self, tmp_path):
+        (found,) = trials.trials([cut(planted(tmp_path / "a", score=0.9))])
+        assert (found.diverged, math.isnan(found.score)) == (True, True)
 
     def test_replicates_without_a_seed_are_told_apart(self, tmp_path):
         runs = [planted(tmp_path / str(i), score=0.9) for i in range(3)]
@@ -306,7 +317,7 @@ EPS = (0.0625, 0.125, 0.25, 0.5)
 
 
 class TestImplicitRegularizerFalls:
-    def verdict(self, tmp_path, rate=-0.5, penalty=-0.5, time=-1.0, seeds=(0, 1, 2), rates=EPS, spread=0.05):
+    def verdict(self, tmp_path, rate=-0.5, penalty=-0.5, time=-1.0, seeds=(0, 1, 2), rates=EPS, spread=0.05, lost=()):
         """log C_reg = rate log ε + time·(time of training) + penalty log(1 + λ/ε), up to a constant and noise."""
         runs = []
         for seed in seeds:
@@ -317,12 +328,17 @@ class TestImplicitRegularizerFalls:
                 y = y + spread * rng.standard_normal()
                 log = {"gradient_norm": 0.1 * np.exp(y / 2), "gradient_variance": np.exp(y)}
                 runs.append(planted(tmp_path / f"{seed}-{lr}-{lam}", lr=lr, lam=lam, seed=seed, log=log))
+                runs[-1] = cut(runs[-1]) if lr in lost else runs[-1]
         return smith2021.implicit_regularizer_falls(runs)
 
     def test_holds(self, tmp_path):
         verdict = self.verdict(tmp_path, time=-0.1)
         assert verdict.decision == "holds"
         assert verdict.statistic == pytest.approx(-0.85, abs=0.05)
+
+    def test_runs_that_diverged_at_once_are_left_out(self, tmp_path):
+        verdict = self.verdict(tmp_path, time=-0.1, rates=(*EPS, 8.0), lost=(8.0,))
+        assert (verdict.decision, verdict.statistic) == ("holds", pytest.approx(-0.85, abs=0.05))
 
     @pytest.mark.parametrize(
         ("options", "decision", "reason"),
@@ -412,6 +428,19 @@ class TestExplicitRegularizer:
             self.runs(tmp_path, lambda lam: peak(lam, best=1.0, width=0.001))
         )
         assert (verdict.decision, "extend it" in verdict.reason) == ("undecided", True)
+
+    def test_a_grid_that_ends_where_training_diverges_has_its_best_inside(self, tmp_path):
+        """Scores rise up to 2^-4; beyond, all runs are lost."""
+        runs = self.runs(
+            tmp_path, lambda lam: 0.9 + 0.01 * math.log2(lam), lambda lr: 0.9 + 0.01 * math.log2(lr), noise=1e-4
+        )
+        runs = [cut(r) if max(r.config["training"]["lr"], _strength(r)) > 0.1 else r for r in runs]
+        verdict = smith2021_scores.best_penalty_is_best_rate(runs)
+        assert (verdict.decision, verdict.statistic) == ("holds", 0.0)
+
+
+def _strength(run):
+    return sum(strength for strength, *_ in run.config["training"]["penalties"])
 
 
 def scaling(p, sizes=(8, 16, 32), **options):

@@ -225,7 +225,7 @@ def implicit_regularizer_falls(runs: Sequence[Run]) -> Verdict:
     C_reg = (‖∇C‖² + (N-B)/(N-1) Γ/B)/4, its mean over batches (eq. 22), from `gradient_norm` and `gradient_variance`, both
     of all data: the mean of its logarithm over the last tenth of the time lr·t of a run. Three slopes per seed: of log C_reg
     over log ε at λ = 0; the same with every run read at the time at which that of the smallest ε ends; and over log(ε + λ)
-    at the smallest ε that has penalties.
+    at the smallest ε that has penalties. Runs that ended early, as those that diverge do, are left out.
 
     Statistic: the slope over ε at the end. Interval: t over seeds. The slope at equal time is the one that progress cannot
     explain: at equal epochs a larger ε has gone further, and for small ε all runs are points of one flow.
@@ -241,12 +241,12 @@ def implicit_regularizer_falls(runs: Sequence[Run]) -> Verdict:
         return Verdict(name, "not applicable", groups)
     plain, penalized = groups
     slopes: dict[str, list[float]] = {"ε, at the end": [], "ε, at equal time": [], "λ": []}
-    for members in by_seed(plain).values():
+    for members in by_seed(t for t in plain if not t.ended_early).values():
         end = min(t.lr * int(t.run.series("gradient_variance").steps[-1]) for t in members)
         x = [math.log(t.lr) for t in members]
         slopes["ε, at the end"].append(_finite_slope(x, [_log_c_reg(t) for t in members]))
         slopes["ε, at equal time"].append(_finite_slope(x, [_log_c_reg(t, end) for t in members]))
-    for members in by_seed(penalized).values():
+    for members in by_seed(t for t in penalized if not t.ended_early).values():
         x = [math.log(t.lr + t.penalty) for t in members]
         slopes["λ"].append(_finite_slope(x, [_log_c_reg(t) for t in members]))
     estimates = {key: over_seeds(values) for key, values in slopes.items()}

@@ -94,7 +94,8 @@ def best_penalty_is_best_rate(runs: Sequence[Run]) -> Verdict:
     performance and its two neighbours in log ε or log λ; t interval over seeds.
 
     Holds: the interval lies within a factor of 2. Does not hold: it lies outside. Undecided: otherwise (add seeds), or a
-    best point of the mean curve lies at an end of its grid (extend it). Not applicable: `explicit_regularizer_recovers` does
+    best point of the mean curve lies at an end of its grid (extend it; a value at which a seed diverged counts as worse than
+    all others, so it may be the end). Not applicable: `explicit_regularizer_recovers` does
     not hold or is not applicable: without a benefit there is no optimum to compare.
     """
     name = "best_penalty_is_best_rate"
@@ -106,9 +107,9 @@ def best_penalty_is_best_rate(runs: Sequence[Run]) -> Verdict:
     plain, penalized = groups
     penalized = [t for t in penalized if t.penalty]
     for members, axis in ((plain, lambda t: t.lr), (penalized, lambda t: t.penalty)):
-        curve = means(members, axis)
-        if max(curve, key=curve.__getitem__) in (min(curve), max(curve)):
-            why = f"the best of {[f'{x:g}' for x in curve]} is at an end of the grid; extend it"
+        curve, grid = means(members, axis), {axis(t) for t in members}
+        if max(curve, key=curve.__getitem__) in (min(grid), max(grid)):
+            why = f"the best of {[f'{x:g}' for x in sorted(grid)]} is at an end of the grid; extend it"
             return Verdict(name, "undecided", why, details=dict(recovery.details))
     ratios = []
     for seed, members in by_seed(penalized).items():
