@@ -5,6 +5,7 @@ reported and drawn."""
 import csv
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -77,6 +78,19 @@ def test_a_plan_has_a_run_for_every_row_point_and_seed(tmp_path):
         assert j.experiment.momentum == (0.5 if j.label == "A" else 0.0)
 
 
+def test_a_row_has_axes_of_its_own_which_the_grid_adds_to_and_replaces(tmp_path):
+    asked = one(A=Row({"momentum": 0.5}, grid={"lr": ("0.1", "0.2")}), B=Row())
+    points = [(j.label, dict(j.point)) for j in Sweep(asked, tmp_path, seeds=(0,)).jobs()]
+    assert points == [("A", {"lr": "0.1"}), ("A", {"lr": "0.2"}), ("B", {})]
+    sweep = Sweep(asked, tmp_path, grid=parse_grid(["lr=0.3", "batch_size=4,8"]), seeds=(0,))
+    assert [(j.label, j.experiment.lr, j.experiment.batch_size) for j in sweep.jobs()] == [
+        (row, 0.3, (b,)) for row in "AB" for b in (4, 8)
+    ]
+    assert len(sweep.jobs()) == sweep.size
+    with pytest.raises(ValueError, match="row A sets lr itself"):
+        asked.experiment("A", dataclasses.replace(TINY, lr=0.7))
+
+
 def test_several_batch_sizes_of_a_preset_are_an_axis(tmp_path):
     asked = study("sgd-iir")
     assert [j.experiment.batch_size for j in Sweep(asked, tmp_path, seeds=(0,)).jobs()] == [
@@ -108,6 +122,26 @@ def test_the_study_of_novack_has_its_ten_regimes():
             stated = [problems.vary(experiment, axis, text) for text in values]
             assert any(set(e.penalty + e.method_options) == set(experiment.penalty + experiment.method_options)
                        and e.lr == experiment.lr for e in stated), (label, axis)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["smith-batch-rates", "smith-batch-penalties", "smith-n-step"])
+def test_the_studies_of_smith_compare_sizes_at_equal_rates_and_at_equal_ratios(name):
+    """Three comparisons at least, as their claims need, between each two neighbouring rows."""
+    rows = [*STUDIES[name].rows.values()]
+    assert len(STUDIES[name].panels) == 2
+    for a, b in itertools.pairwise(rows):
+        (x,), (y,) = ([{*map(float, values)} for values in row.grid.values()] for row in (a, b))
+        scaled = [{round(v / row.per, 6) for v in values} for row, values in ((a, x), (b, y))]
+        assert min(len(x & y), len(scaled[0] & scaled[1])) >= 2
+        for label, row in STUDIES[name].rows.items():
+            e = STUDIES[name].experiment(label)
+            assert row.per in (e.batch_size[0], 1 / problems.presets.parse_options("", e.method_options).get("n", 1))
+
+
+def test_the_penalties_of_smith_are_at_a_rate_of_the_grid():
+    asked = STUDIES["smith-rates"]
+    assert asked.experiment("penalty").lr in [*map(float, asked.rows["rate"].grid["lr"])]
+    assert asked.experiment("penalty").micro_batch == 0  # C_reg is over batches of the size of training
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -494,6 +528,20 @@ def test_one_axis_is_a_line_for_each_row():
     assert ax.get_xscale() == "log"
     assert "test loss" in ax.get_ylabel()
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_rows_over_their_own_axes_coincide_where_the_scaled_axis_governs():
+    """Losses (lr/b)·seed: straight lines over lr that are one line over lr/b, and seeds that change all points alike."""
+    found = [point(f"b={b}", [x * 2.0, x * 8.0], lr=str(b * x)) for b in (1, 4) for x in (0.25, 0.5, 1.0)]
+    figure = plots.panels(found, "test_loss", ["lr", "lr/b"], per={"b=1": 1.0, "b=4": 4.0})
+    left, right = figure.axes
+    x = [[list(line.get_xdata()) for line in ax.lines if line.get_marker() in ("o", "s")] for ax in (left, right)]
+    assert x == [[[0.25, 0.5, 1.0], [1.0, 2.0, 4.0]], [[0.25, 0.5, 1.0]] * 2]
+    for line in (line for line in right.lines if line.get_marker() in ("o", "s")):
+        assert list(line.get_ydata()) == pytest.approx([1.0, 2.0, 4.0])  # geometric means over seeds
+    low, high = (line.get_ydata() for line in right.lines[1:3])  # ends of bars: paired, the seeds agree
+    assert list(low) == pytest.approx(list(high))
+    assert (left.get_ylabel()[:9], right.get_xlabel(), left.get_yscale()) == ("test loss", "lr/b", "log")
 
 
 def test_two_axes_are_a_map():

@@ -4,7 +4,7 @@ from .bands import bands, common
 from .points import density, lines, measurements, plane
 from .runs import batch_sizes, edge_of_stability, figures, loss_difference, plot, quantities
 from .style import axes_of, colours, save
-from .sweeps import sweep
+from .sweeps import panels, sweep
 
 __all__ = [
     "axes_of",
@@ -18,6 +18,7 @@ __all__ = [
     "lines",
     "loss_difference",
     "measurements",
+    "panels",
     "plane",
     "plot",
     "quantities",

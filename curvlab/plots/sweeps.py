@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..claims.statistics import Estimate, mean_over_seeds
 from .style import BLACK, BLUE, GREEN, RED, axes_of, colours
 
 if TYPE_CHECKING:
@@ -38,6 +40,83 @@ def sweep(
     if same and len(axes) == 2:
         return _maps(shown, axes, label, scale, title)
     return _rows(shown, label, scale, baselines, title)
+
+
+def panels(
+    summaries: Sequence[Summary], metric: str, labels: Sequence[str], *, per: Mapping[str, float], title: str = ""
+) -> Figure:
+    """A line for each row over its one axis, and in a second panel over the axis divided by `per` of the row.
+
+    What governs the metric is the axis on which the lines coincide. Seeds are compared in pairs: what a seed changes at all
+    points alike, the median over the points that all seeds have, is taken off before means and 95% t intervals; those of a
+    loss are of its logarithm. A cross at the bottom marks that a seed diverged there.
+
+    Args:
+        labels: of the x axes, one or two.
+        per: by row.
+
+    Raises:
+        ValueError: no row has a value.
+
+    Source of the paired intervals: Cousineau 2005 (doi:10.20982/tqmp.01.1.p042).
+    """
+    if not any(s.values for s in summaries):
+        raise ValueError("nothing to draw: no run of the sweep has a value")
+    figure, axes = axes_of(1, len(labels), figsize=(1.2 + 4.6 * len(labels), 4.2), squeeze=False, sharey=True)
+    estimates = _paired(summaries, metric)
+    rows = list(dict.fromkeys(s.label for s in summaries))
+    for i, (ax, label) in enumerate(zip(axes[0], labels, strict=True)):
+        x = {(s.label, s.point): float(s.point[0][1]) / (per[s.label] if i else 1.0) for s in summaries}
+        for row, colour, marker in zip(rows, colours(len(rows)), "os^Dvp" * len(rows), strict=False):
+            keys = sorted((key for key in estimates if key[0] == row), key=x.__getitem__)
+            y = np.array([estimates[key].value for key in keys])
+            ends = np.array([estimates[key].interval for key in keys]).reshape(-1, 2).T
+            bars = np.where(np.isfinite(ends[1]), np.abs(ends - y), 0.0)  # none for a single seed
+            ax.errorbar([x[key] for key in keys], y, yerr=bars, color=colour, marker=marker, ms=5, lw=1.2, capsize=3,
+                        label=row or None)  # fmt: skip
+            lost = [x[s.label, s.point] for s in summaries if s.label == row and s.diverged]
+            ax.plot(lost, [0.02] * len(lost), "x", color=colour, ms=5, transform=ax.get_xaxis_transform(),
+                    label=f"{row}: a seed diverged" if lost else None)  # fmt: skip
+        ax.set_xscale("log")
+        ax.set_xticks(sorted(set(x.values())), [f"{v:.3g}" for v in sorted(set(x.values()))], fontsize=8)
+        ax.minorticks_off()
+        ax.set_xlabel(label)
+    if "accuracy" not in metric:
+        axes[0, 0].set_yscale("log")
+    axes[0, 0].set_ylim(*_view([*estimates.values()], log="accuracy" not in metric))
+    axes[0, 0].set_ylabel(f"{metric.replace('_', ' ')}, mean and 95%, seeds paired")
+    axes[0, 0].set_title(title, fontsize=9, loc="left")
+    axes[0, 0].legend(fontsize=8)
+    return figure
+
+
+def _paired(summaries: Sequence[Summary], metric: str) -> dict[tuple, Estimate]:
+    """Means over seeds by row and point, with intervals that know of what a seed changes at all points alike."""
+    loss = "accuracy" not in metric
+    tables = {
+        (s.label, s.point): {k: math.log(v) if loss else v for k, v in s.values.items()} for s in summaries if s.values
+    }
+    seeds = {seed for values in tables.values() for seed in values}
+    whole = [values for values in tables.values() if len(values) == len(seeds)]
+    effects = {k: float(np.median([v[k] - float(np.mean([*v.values()])) for v in whole] or [0.0])) for k in seeds}
+    shift = float(np.mean([*effects.values()]))
+    found = {}
+    for key, values in tables.items():
+        e = mean_over_seeds(v - effects[seed] + shift for seed, v in values.items())
+        found[key] = Estimate(*np.exp([e.value, e.low, e.high]).tolist()) if loss else e
+    return found
+
+
+def _view(estimates: Sequence[Estimate], log: bool) -> tuple[float, float]:
+    """Limits around the values and typical intervals, so that one wide interval does not flatten everything else."""
+    table = np.array([(e.low, e.value, e.high) for e in estimates])
+    with np.errstate(divide="ignore"):
+        low, y, high = (np.log(table) if log else table).T
+    half = (high - low) / 2
+    typical = float(np.median(half[np.isfinite(half)])) if np.isfinite(half).any() else 0.0
+    reach = max(0.12 * float(np.ptp(y)), 1.5 * typical, 0.01)
+    ends = y.min() - reach, y.max() + reach
+    return (math.exp(ends[0]), math.exp(ends[1])) if log else ends
 
 
 def _curves(shown: Sequence[Summary], axis: str, label: str, scale: float, title: str) -> Figure:

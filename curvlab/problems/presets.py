@@ -217,7 +217,7 @@ def _number(name: str, text: str, kind: type = int) -> Any:
 
 
 def parse_options(what: str, entries: tuple[str, ...]) -> dict[str, Any]:
-    """Pairs name=value as a dictionary of numbers, truth values, None and strings.
+    """Pairs name=value as a dictionary of numbers, truth values, None, strings, and tuples of integers joined by +.
 
     Raises:
         ValueError: an entry without a name or a value.
@@ -225,6 +225,8 @@ def parse_options(what: str, entries: tuple[str, ...]) -> dict[str, Any]:
     Example:
         >>> parse_options("method", ("sigma=0.1", "noise_steps=none", "n=2"))
         {'sigma': 0.1, 'noise_steps': None, 'n': 2}
+    >>> parse_options("data set", ("shape=1+8+8",))
+    {'shape': (1, 8, 8)}
     """
     found = {}
     for entry in entries:
@@ -244,7 +246,8 @@ def _literal(text: str) -> Any:
             return kind(text)
         except ValueError:
             continue
-    return text
+    parts = text.split("+")
+    return tuple(map(int, parts)) if len(parts) > 1 and all(part.isdecimal() for part in parts) else text
 
 
 def parse_penalties(entries: tuple[str, ...]) -> list[tuple[float, tuple[str, dict[str, Any]]]]:

@@ -26,6 +26,7 @@ class Row:
         about: what the row is.
         paper: the paper's own number, in words.
         sources: where the settings come from, where that differs from the study's `sources`.
+        per: what the values of its grid are divided by in the second panel of the figure, such as its batch size.
     """
 
     change: Mapping[str, Any] = field(default_factory=dict)
@@ -35,6 +36,7 @@ class Row:
     paper: str = ""
     grid: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    per: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Study:
         scale: what the metric is multiplied by in print, such as 100 for percent.
         seeds, statistic, keep: the protocol, see `curvlab.sweep.Sweep`.
         sources: by setting, where the paper states it, or "ours" and why; only at the scale of a paper.
+        panels: where every row has a grid of one axis, what these axes are in a figure that has a line for each row; and
+            what their values over `Row.per` are, in a second panel.
     """
 
     about: str
@@ -77,6 +81,7 @@ class Study:
     statistic: Statistic = "final"
     keep: int = 0
     sources: Mapping[str, str] = field(default_factory=dict)
+    panels: tuple[str, ...] = ()
 
     def experiment(self, label: str, base: Experiment | None = None) -> Experiment:
         """The experiment of a row, over the study's base or another.
@@ -85,7 +90,8 @@ class Study:
             ValueError: the other base changes a setting that the row sets itself.
         """
         change, base = self.rows[label].change, base or self.base
-        lost = [name for name in change if getattr(base, name) != getattr(self.base, name)]
+        own = dict.fromkeys([*change, *(axis for axis in self.rows[label].grid if "." not in axis)])
+        lost = [name for name in own if getattr(base, name) != getattr(self.base, name)]
         if lost:
             raise ValueError(f"row {label} sets {', '.join(lost)} itself; leave the option out, or vary it with --grid")
         return dataclasses.replace(base, **change)
@@ -189,6 +195,10 @@ STUDIES: dict[str, Study] = {
         baselines=("LB", "SB"),
     ),
 }  # fmt: skip
+
+from .smith_studies import SMITH  # noqa: E402, its rows are made of the classes above
+
+STUDIES |= SMITH
 
 
 def study(name: str, scale: Scale = "small") -> Study:

@@ -148,5 +148,9 @@ def _figure(sweep: Sweep, summaries: Sequence[Summary], metric: str) -> list[Pat
     baselines = [label for label in sweep.study.baselines if label in sweep.labels]
     e, scale = sweep.base or sweep.study.base, sweep.study.scale
     title = f"{e.data}, {e.model}, {e.loss.replace('_', ' ')}, n = {e.n}; {len(sweep.seeds)} seeds"
-    figure = plots.sweep(shown, metric, scale=scale, baselines=baselines, title=title)
+    if sweep.study.panels and all(len(s.point) == 1 for s in shown):
+        per = {label: row.per for label, row in sweep.study.rows.items()}
+        figure = plots.panels(shown, metric, sweep.study.panels, per=per, title=title)
+    else:
+        figure = plots.sweep(shown, metric, scale=scale, baselines=baselines, title=title)
     return plots.save({Path(sweep.folder) / "sweep": figure})
