@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..runs import Run
 
+NAMED = 6  # runs that are judged together and named one by one
 Decision = Literal["holds", "does not hold", "undecided", "not applicable"]
 
 
@@ -22,7 +23,7 @@ class Verdict:
         statistic: the number that decides, `interval` at 95%, and the `threshold` it is compared with, in words.
         reason: why, and what would make it decidable.
         details: everything else that the rule looked at.
-        run: name of the run, or of the runs.
+        run: name of the run, or of the runs; of more than a few, their number.
     """
 
     claim: str
@@ -112,7 +113,7 @@ def check(runs: Run | Sequence[Run], names: Iterable[str] | None = None) -> Verd
     chosen = [CLAIMS[name] for name in names]
     verdicts = Verdicts(_judge(c, run, run.path.name) for c in chosen if not c.several for run in runs)
     if len(runs) > 1:
-        together = ", ".join(run.path.name for run in runs)
+        together = ", ".join(run.path.name for run in runs) if len(runs) <= NAMED else f"{len(runs)} runs"
         verdicts += [_judge(c, runs, together) for c in chosen if c.several]
     return verdicts
 
