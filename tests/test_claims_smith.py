@@ -391,6 +391,14 @@ class TestExplicitRegularizer:
         assert verdict.details["best ε"] == verdict.details["best λ"] == 2.0**-4
         assert smith2021_scores.best_penalty_is_best_rate(runs).decision == "holds"
 
+    def test_a_strength_that_is_unstable_for_one_seed_does_not_hide_another(self, tmp_path):
+        """At λ = 1/2 all seeds but one do best of all, and one is lost in finite numbers: best by the mean, but not sure."""
+        runs = self.runs(tmp_path / "a", lambda lam: peak(lam) if lam < 0.5 else 0.995, seeds=(1, 2, 3))
+        lost = self.runs(tmp_path / "b", lambda lam: peak(lam) if lam < 0.5 else 0.85, seeds=(0,))
+        verdict = smith2021_scores.explicit_regularizer_recovers([*runs, *lost])
+        assert (verdict.decision, verdict.details["best λ"]) == ("holds", 0.5)
+        assert "λ = 0.0625" in verdict.reason
+
     def test_a_quarter_of_the_gap_is_no_recovery(self, tmp_path):
         small, gap = peak(self.rates[0]), peak(2.0**-4) - peak(self.rates[0])
         runs = self.runs(tmp_path, lambda lam: small + gap / 4)
