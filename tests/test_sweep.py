@@ -97,14 +97,17 @@ def test_options_for_all_rows_do_not_hide_those_of_a_row():
         asked.experiment("LB", dataclasses.replace(asked.base, lr=0.7))
 
 
-def test_the_study_of_novack_has_its_ten_regimes():
-    asked = STUDIES["novack-digits"]
-    assert list(asked.rows) == ["SB", "LB", "GN", "FT", "AJ", "UJ", "IG", "EG", "NGD", "Anti-PGD"]
-    assert asked.base.label_noise > 0
+@pytest.mark.parametrize("name", ["novack-regularizers", "novack-digits", "novack-sparse", "novack-micro-batch"])
+def test_rows_of_novack_state_a_point_of_their_grids(name):
+    asked = STUDIES[name]
+    if name != "novack-micro-batch":
+        regimes = ["SB", "LB", "GN", "FT", "AJ", "UJ", "IG", "EG", "NGD", "Anti-PGD"]
+        assert list(asked.rows) == [label for label in regimes if name != "novack-sparse" or label != "UJ"]
     assert asked.base.validation > 0
+    assert asked.base.batch_size[0] >= 8 * asked.experiment("SB").batch_size[0]
     for label, row in asked.rows.items():
         experiment = asked.experiment(label)
-        for axis, values in row.tune.items():  # what the rows state is a point of their grids
+        for axis, values in row.tune.items():
             stated = [problems.vary(experiment, axis, text) for text in values]
             assert any(set(e.penalty + e.method_options) == set(experiment.penalty + experiment.method_options)
                        and e.lr == experiment.lr for e in stated), (label, axis)  # fmt: skip
@@ -494,6 +497,39 @@ def test_one_axis_is_a_line_for_each_row():
     assert ax.get_xscale() == "log"
     assert "test loss" in ax.get_ylabel()
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
+PLACED = {
+    "LB": Row(),
+    "GN-4": Row({"penalty": ("gradient_norm=0.1",), "micro_batch": 4}),
+    "GN-24": Row({"penalty": ("gradient_norm=0.2",), "micro_batch": 24}),
+}
+
+
+@pytest.mark.parametrize(("axis", "places"), [("micro_batch", [4.0, 24.0]), ("strength", [0.1, 0.2])])
+def test_a_study_may_have_its_penalties_over_an_axis(tmp_path, monkeypatch, axis, places):
+    norm = "microbatch_gradient_norm"
+    base = dataclasses.replace(TINY, diagnostics=(f"{norm}:micro_batch_size=4",))
+    asked = dataclasses.replace(one(base, **PLACED), axis=axis, beside=norm)
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figures: drawn.extend(figures.values()) or [])
+    outcome = conduct(Sweep(asked, tmp_path))
+    score, norms = drawn[0].axes
+    means = [s.mean.value for s in outcome.summaries]
+    logged = [np.mean([Run(r.job.folder).series(norm).values.mean() for r in outcome.results if r.job.label == row])
+              for row in PLACED]  # fmt: skip
+    for ax, (level, *over) in ((score, means), (norms, logged)):
+        line = next(line for line in ax.lines if list(line.get_xdata()) == places)
+        assert list(line.get_ydata()) == pytest.approx(over)
+        dashed = next(line for line in ax.lines if line.get_linestyle() == "--")
+        assert list(dashed.get_ydata()) == pytest.approx([level] * 2)
+        assert [t.get_text() for t in ax.get_legend().get_texts()] == ["LB, mean", "GN"]
+    assert norms.get_ylabel().startswith("microbatch gradient norm, over training")
+
+
+def test_nothing_over_an_axis_is_refused():
+    with pytest.raises(ValueError, match="nothing to draw of loss"):
+        plots.curves({"loss": [summary("a", [1.0])]})
 
 
 def test_two_axes_are_a_map():
