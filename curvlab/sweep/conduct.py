@@ -152,7 +152,7 @@ def _figure(sweep: Sweep, summaries: Sequence[Summary], results: Sequence[Result
     shown = [replace(s, point=()) for s in summaries] if sweep.tuning_seeds else summaries
     baselines = [label for label in sweep.study.baselines if label in sweep.labels]
     e, scale = sweep.base or sweep.study.base, sweep.study.scale
-    title = f"{e.data}, {e.model}, {e.loss.replace('_', ' ')}, n = {e.n}; {len(sweep.seeds)} seeds"
+    title = f"{e.data}, {e.model}, {e.loss.replace('_', ' ')}, n = {e.n - e.validation}; {len(sweep.seeds)} seeds"
     if sweep.study.axis and not sweep.grid:
         panels = {metric: [_placed(s, sweep.study) for s in summaries]}
         if name := sweep.study.beside:
