@@ -83,7 +83,7 @@ def _curves(ax: Axes, shown: Sequence[Summary], axis: str, label: str, scale: fl
         for place, s in zip(places, members, strict=True):
             ax.plot([place] * len(s.values), np.array([*s.values.values()]) * scale, ".", color=colour, alpha=0.4, ms=4)
     ax.set_xlabel(axis.replace("_", " "))
-    ax.set_ylabel(f"{label}, mean and 95%")
+    ax.set_ylabel(f"{label}\nmean and 95%")
 
 
 def _maps(shown: Sequence[Summary], axes: list[str], label: str, scale: float, title: str) -> Figure:

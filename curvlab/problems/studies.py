@@ -61,8 +61,8 @@ class Study:
         baselines: rows to which each row's difference is tabled.
         margin: smallest difference that matters, in the unit of the metric.
         scale: what the metric is multiplied by in print, such as 100 for percent.
-        axis: over which the figure has the rows with a penalty, lines of those of one name (up to a hyphen), and the others
-            as levels.
+        axis: over which the figure has the rows with a penalty, lines of those of one name (up to a hyphen), and
+            baselines as levels.
         beside: a quantity of the logs, whose mean over training is in a second panel of that figure.
         seeds, statistic, keep, select: the protocol, see `curvlab.sweep.Sweep`.
         sources: by setting, where the paper states it, or "ours" and why; only at the scale of a paper.

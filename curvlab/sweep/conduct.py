@@ -154,24 +154,28 @@ def _figure(sweep: Sweep, summaries: Sequence[Summary], results: Sequence[Result
     e, scale = sweep.base or sweep.study.base, sweep.study.scale
     title = f"{e.data}, {e.model}, {e.loss.replace('_', ' ')}, n = {e.n - e.validation}; {len(sweep.seeds)} seeds"
     if sweep.study.axis and not sweep.grid:
-        panels = {metric: [_placed(s, sweep.study) for s in summaries]}
+        panels = {metric: _placed(summaries, sweep.study)}
         if name := sweep.study.beside:
-            panels[f"{name}, over training"] = [_placed(s, sweep.study) for s in _means(results, name)]
+            panels[f"{name}, over training"] = _placed(_means(results, name), sweep.study)
         figure = plots.curves(panels, scale=scale, title=title)
     else:
         figure = plots.sweep(shown, metric, scale=scale, baselines=baselines, title=title)
     return plots.save({Path(sweep.folder) / "sweep": figure})
 
 
-def _placed(s: Summary, study: Study) -> Summary:
-    """A row where it lies on the study's axis, under its name up to a hyphen; rows without a penalty have no place."""
-    e = study.experiment(s.label)
-    for name, text in s.point:
-        e = vary(e, name, text)
-    if not e.penalty:
-        return replace(s, point=())
-    place = e.micro_batch if study.axis == "micro_batch" else parse_penalties(e.penalty)[0][0]
-    return replace(s, label=s.label.partition("-")[0], point=((study.axis, f"{place:g}"),))
+def _placed(summaries: Sequence[Summary], study: Study) -> list[Summary]:
+    """Rows with a penalty where they lie on the study's axis, under their names up to a hyphen; and baselines, placeless."""
+    found = []
+    for s in summaries:
+        e = study.experiment(s.label)
+        for name, text in s.point:
+            e = vary(e, name, text)
+        if e.penalty:
+            place = e.micro_batch if study.axis == "micro_batch" else parse_penalties(e.penalty)[0][0]
+            found.append(replace(s, label=s.label.partition("-")[0], point=((study.axis, f"{place:g}"),)))
+        elif s.label in study.baselines:
+            found.append(replace(s, point=()))
+    return found
 
 
 def _means(results: Sequence[Result], name: str) -> list[Summary]:
