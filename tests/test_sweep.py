@@ -21,7 +21,7 @@ import torch
 from curvlab import Run, plots, problems
 from curvlab.claims.statistics import Estimate
 from curvlab.cli import main
-from curvlab.problems.presets import Experiment
+from curvlab.problems.presets import Experiment, parse_diagnostics
 from curvlab.problems.studies import STUDIES, Row, Sentence, Study, study
 from curvlab.sweep import (
     Job,
@@ -123,6 +123,27 @@ def test_rows_of_novack_state_a_point_of_their_grids(name):
             stated = [problems.vary(experiment, axis, text) for text in values]
             assert any(set(e.penalty + e.method_options) == set(experiment.penalty + experiment.method_options)
                        and e.lr == experiment.lr for e in stated), (label, axis)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name.startswith("novack")])
+def test_studies_of_novack_measure_the_norms_that_are_compared(name):
+    asked = STUDIES[name]
+    (b,) = asked.experiment("SB").batch_size
+    for label in asked.rows:
+        e = asked.experiment(label)
+        options = dict(
+            entry if isinstance(entry, tuple) else (entry, {}) for entry in parse_diagnostics(e.diagnostics)[0]
+        )
+        found = options["microbatch_gradient_norm"].get("micro_batch_size", e.micro_batch)
+        assert found == b, label
+        assert "batch_gradient_norm" in options
+        assert asked.metric in options
+
+
+def test_settings_are_chosen_by_what_the_study_says(tmp_path):
+    assert Sweep(STUDIES["novack-sparse"], tmp_path).select == "validation_loss"
+    assert Sweep(STUDIES["novack-sparse"], tmp_path, select="validation_accuracy").select == "validation_accuracy"
+    assert Sweep(one(), tmp_path).select == "validation_accuracy"
 
 
 # -- the table -------------------------------------------------------------------------------------

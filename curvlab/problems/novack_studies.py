@@ -134,7 +134,7 @@ NOVACK: dict[str, Study] = {
         where="tables 1, 4, 6, figs. 1, 4",
     ),
     "novack-sparse": _study(
-        "the same on sparse regression, by test loss; with one output AJ and UJ are one penalty",
+        "regularizers and methods against small batches, a diagonal net by test loss; AJ stands for UJ, one output",
         _diagonal("sparse_regression", 100, 500, "loss", "test_loss"),
         {
             "SB": _SPARSE_SMALL,
@@ -155,7 +155,7 @@ NOVACK: dict[str, Study] = {
         where="tables 1, 4, 6",
     ),
     "novack-digits": _study(
-        "the same on digits with 20% wrong labels",
+        "regularizers and methods against small batches, digits with 20% wrong labels",
         Experiment(
             n=1024,
             validation=512,
