@@ -26,8 +26,7 @@ SHAPES = {
     "fashion_mnist": ((1, 28, 28), 10), "tiny_imagenet": ((3, 64, 64), 200),
 }  # fmt: skip
 DRAWN = [figure for figures_of in FIGURES.values() for figure in figures_of]
-TO_COME = {"smith-rates", "smith-batch-rates", "smith-batch-penalties", "smith-n-step", "novack-regularizers",
-           "novack-micro-batch", "novack-sampled", "novack-vgg"}  # fmt: skip
+TO_COME = {"smith-rates", "smith-batch-rates", "smith-batch-penalties", "smith-n-step"}
 
 
 # Settings and their sources
