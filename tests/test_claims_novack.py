@@ -18,7 +18,7 @@ from curvlab.claims.novack2022 import METHODS
 from curvlab.claims.registry import CLAIMS
 from curvlab.claims.statistics import Estimate, mean_over_seeds
 from curvlab.problems.presets import Experiment
-from curvlab.problems.studies import Row, Sentence, Study
+from curvlab.problems.rows import Row, Sentence, Study
 from curvlab.sweep import Sweep, conduct, estimate, judge, summarize
 from curvlab.sweep.plan import plan
 from curvlab.sweep.work import Result
@@ -434,6 +434,26 @@ def test_norms_that_are_missing(options, reason, tmp_path):
         with pytest.raises(KeyError, match=reason):
             claims.novack2022_norms.gradient_norm_mimics(read(tmp_path))
     assert found.decision != "holds"
+
+
+def test_norms_of_small_batches_are_read_where_they_are_measured_most(tmp_path):
+    planted(tmp_path, "SB", 0.95, b=SMALL, norms=course(1.0), seeds=(0,), extra={"batch_gradient_norm": course(3.0)})
+    (run,) = read(tmp_path)
+    lines = [
+        r if i % 2 else {**r, "measurements": {k: v for k, v in r["measurements"].items() if k[:5] != "micro"}}
+        for i, r in enumerate(run.records)
+    ]
+    (run.path / "measurements.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    found = regimes.member(Run(run.path)).trajectory(SMALL, STEPS)
+    steps = np.array([r["step"] for r in lines])
+    expected = [np.log(course(3.0)(0, steps)[steps * 40 // STEPS == k].mean()) for k in range(40)]
+    np.testing.assert_allclose(found, expected)
+
+
+def test_external_grafting_has_no_micro_batches_of_its_own(tmp_path):
+    baselines(tmp_path)
+    planted(tmp_path, "EG", 0.95, method="ExternalGrafting", micro=None)
+    assert verdict(tmp_path, "external_grafting_recovers").decision == "holds"
 
 
 def test_norms_measured_too_rarely(tmp_path):

@@ -112,6 +112,7 @@ def test_weight_decay_and_momentum_reach_the_optimizer():
         ("vgg11", "digits-16", "cross_entropy"),
         ("cnn", "digits", "squared_error"),
         ("diagonal_linear", "sparse_regression-10", "squared_error"),
+        ("diagonal_linear", "sparse_classification-10", "squared_error"),
         ("gpt", "markov_chain-16", "token"),
     ],
 )

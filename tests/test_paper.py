@@ -26,8 +26,6 @@ SHAPES = {
     "fashion_mnist": ((1, 28, 28), 10), "tiny_imagenet": ((3, 64, 64), 200),
 }  # fmt: skip
 DRAWN = [figure for figures_of in FIGURES.values() for figure in figures_of]
-TO_COME = {"smith-rates", "smith-batch-rates", "smith-batch-penalties", "smith-n-step", "novack-regularizers",
-           "novack-micro-batch", "novack-sampled", "novack-vgg"}  # fmt: skip
 
 
 # Settings and their sources
@@ -318,9 +316,6 @@ def test_every_study_draws_a_figure_and_every_command_is_on_the_page():
 
 @pytest.mark.parametrize("figure", DRAWN, ids=lambda f: f.number)
 def test_small_commands_are_understood(figure):
-    name = figure.small or figure.name
-    if name in TO_COME - set(STUDIES):
-        pytest.xfail("comes with the small studies")
     _, base, labels = costs.asked(figure.command("small"))
     assert labels
     assert base.device == "cpu"

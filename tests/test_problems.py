@@ -40,6 +40,7 @@ from curvlab.problems import (
     mlp,
     models,
     quadratic,
+    sparse_classification,
     sparse_regression,
     synthetic_images,
     transformer,
@@ -156,6 +157,17 @@ def test_sparse_regression_has_a_sparse_solution_among_many():
     assert abs((y_noisy - x_noisy @ theta).std().item() - 0.5) < 0.03  # 5 standard errors
 
 
+def test_sparse_classification_is_told_by_few_inputs_and_fitted_by_many():
+    (x, y), (x_test, y_test) = sparse_classification(seed=2, dtype=torch.float64)
+    onehot, onehot_test = (torch.nn.functional.one_hot(t, 3).double() for t in (y, y_test))
+    W = torch.linalg.lstsq(x_test, onehot_test).solution
+    torch.testing.assert_close(W, torch.eye(40, 3, dtype=torch.float64) / 0.7)
+    dense = torch.linalg.pinv(x) @ onehot  # the shortest of those that fit the training set
+    torch.testing.assert_close(x @ dense, onehot)
+    assert torch.equal((x_test @ W).argmax(1), y_test)
+    assert 0.4 < ((x_test @ dense).argmax(1) == y_test).double().mean() < 0.9
+
+
 @pytest.mark.slow
 def test_small_batches_find_sparser_diagonal_networks():
     # The only problem known here on which generalization depends on the batch size; 30 problems at once.
@@ -251,6 +263,8 @@ def test_markov_chain_draws_both_sets_from_one_chain():
         (lambda: cnn(()), r"widths are \(10,\), expected 2 or more positive"),
         (lambda: linear(3, 0), r"widths are \(3, 0\), expected 2 or more positive"),
         (lambda: sparse_regression(d=2), "n is 20, n_test 1000, d 2 and nonzeros 3, expected.*at most d nonzeros"),
+        (lambda: sparse_classification(d=2), "d 2, num_classes 3 and signal 0.7, expected.*Pass for example n=20"),
+        (lambda: sparse_classification(signal=0.0), "signal 0.0, expected.*a positive signal"),
         (lambda: sparse_regression(noise=-1.0), "noise is -1.0, expected a finite.*Pass 0"),
         (lambda: synthetic_images(0), "n is 0, n_test 1024, num_classes 10 and shape .3, 32, 32., expected positive"),
         (lambda: synthetic_images(shape=(32, 32)), r"shape \(32, 32\), expected.*Pass for example shape"),
@@ -286,6 +300,7 @@ MODEL_CASES = [
     ("cnn", {"widths": (4, 6), "num_classes": 3}, 9 * (4 + 24) + 4 + 6 + 6 * 3 + 3),
     ("linear", {"d_in": 64, "d_out": 2}, 128),
     ("diagonal_linear", {}, 60),
+    ("diagonal_linear", {"d": 4, "outputs": 3}, 24),
     *((name, {"size": "small"}, count.small) for name, count in PARAMETERS.items()),
 ]
 models_and_counts = pytest.mark.parametrize("name, options, num_params", MODEL_CASES)
@@ -615,6 +630,17 @@ def test_diagonal_linear_starts_as_stated_and_computes_its_formula():
     with torch.no_grad():
         model.v.copy_(torch.arange(4.0))
     torch.testing.assert_close(model(x)[:, 0], sum(model.u[j] * model.v[j] * x[:, j] for j in range(4)))
+
+
+def test_every_output_of_a_diagonal_linear_net_is_one():
+    model = problems.diagonal_linear(4, 3, dtype=torch.float64)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        model.v.copy_(torch.randn(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    for c in range(3):
+        alone = problems.diagonal_linear(4, dtype=torch.float64)
+        alone.load_state_dict({"u": model.u[:, c], "v": model.v[:, c]})
+        torch.testing.assert_close(model(x)[:, c], alone(x)[:, 0])
 
 
 @pytest.mark.parametrize("spectrum", [(5.0, 2.0, 1.0, 0.0), (3.0, 3.0, 1.0), (2.0, 1.0, -4.0), (1.5,)])

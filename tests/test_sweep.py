@@ -22,8 +22,9 @@ import torch
 from curvlab import Run, plots, problems
 from curvlab.claims.statistics import Estimate
 from curvlab.cli import main
-from curvlab.problems.presets import Experiment
-from curvlab.problems.studies import STUDIES, Row, Sentence, Study, study
+from curvlab.problems.presets import Experiment, parse_diagnostics
+from curvlab.problems.rows import Row, Sentence, Study
+from curvlab.problems.studies import STUDIES, study
 from curvlab.sweep import (
     Job,
     Result,
@@ -104,6 +105,18 @@ def test_several_batch_sizes_of_a_preset_are_an_axis(tmp_path):
     assert [j.experiment.batch_size for j in chosen.jobs()] == [(4,)]
 
 
+def test_a_row_may_fix_a_seed(tmp_path):
+    jobs = Sweep(one(a=Row(), b=Row({"data_seed": 7})), tmp_path, seeds=(0, 3)).jobs()
+    seeds = [(j.experiment.init_seed, j.experiment.data_seed, j.experiment.probe_seed) for j in jobs]
+    assert seeds == [(0, 0, 0), (3, 3, 3), (0, 7, 0), (3, 7, 3)]
+
+
+def test_a_metric_that_is_logged_with_options_is_not_logged_again(tmp_path):
+    base = dataclasses.replace(TINY, diagnostics=("test_loss:every=3",))
+    (job,) = Sweep(one(base), tmp_path, seeds=(0,), statistic="best").jobs()
+    assert job.experiment.diagnostics == ("test_loss:every=3",)
+
+
 def test_options_for_all_rows_do_not_hide_those_of_a_row():
     asked = STUDIES["novack-digits"]
     assert asked.experiment("GN", dataclasses.replace(asked.base, steps=7)).steps == 7
@@ -111,14 +124,17 @@ def test_options_for_all_rows_do_not_hide_those_of_a_row():
         asked.experiment("LB", dataclasses.replace(asked.base, lr=0.7))
 
 
-def test_the_study_of_novack_has_its_ten_regimes():
-    asked = STUDIES["novack-digits"]
-    assert list(asked.rows) == ["SB", "LB", "GN", "FT", "AJ", "UJ", "IG", "EG", "NGD", "Anti-PGD"]
-    assert asked.base.label_noise > 0
+@pytest.mark.parametrize("name", ["novack-regularizers", "novack-digits", "novack-sparse", "novack-micro-batch"])
+def test_rows_of_novack_state_a_point_of_their_grids(name):
+    asked = STUDIES[name]
+    if name != "novack-micro-batch":
+        regimes = ["SB", "LB", "GN", "FT", "AJ", "UJ", "IG", "EG", "NGD", "Anti-PGD"]
+        assert set(regimes) - set(asked.rows) == ({"UJ"} if name == "novack-sparse" else set())
     assert asked.base.validation > 0
+    assert asked.base.batch_size[0] >= 8 * asked.experiment("SB").batch_size[0]
     for label, row in asked.rows.items():
         experiment = asked.experiment(label)
-        for axis, values in row.tune.items():  # what the rows state is a point of their grids
+        for axis, values in row.tune.items():
             stated = [problems.vary(experiment, axis, text) for text in values]
             assert any(set(e.penalty + e.method_options) == set(experiment.penalty + experiment.method_options)
                        and e.lr == experiment.lr for e in stated), (label, axis)  # fmt: skip
@@ -142,6 +158,27 @@ def test_the_penalties_of_smith_are_at_a_rate_of_the_grid():
     asked = STUDIES["smith-rates"]
     assert asked.experiment("penalty").lr in [*map(float, asked.rows["rate"].grid["lr"])]
     assert asked.experiment("penalty").micro_batch == 0  # C_reg is over batches of the size of training
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name.startswith("novack")])
+def test_studies_of_novack_measure_the_norms_that_are_compared(name):
+    asked = STUDIES[name]
+    (b,) = asked.experiment("SB").batch_size
+    for label in asked.rows:
+        e = asked.experiment(label)
+        options = dict(
+            entry if isinstance(entry, tuple) else (entry, {}) for entry in parse_diagnostics(e.diagnostics)[0]
+        )
+        found = options["microbatch_gradient_norm"].get("micro_batch_size", e.micro_batch)
+        assert found == b, label
+        assert "batch_gradient_norm" in options
+        assert asked.metric in options
+
+
+def test_settings_are_chosen_by_what_the_study_says(tmp_path):
+    assert Sweep(STUDIES["novack-sparse"], tmp_path).select == "validation_loss"
+    assert Sweep(STUDIES["novack-sparse"], tmp_path, select="validation_accuracy").select == "validation_accuracy"
+    assert Sweep(one(), tmp_path).select == "validation_accuracy"
 
 
 # -- the table -------------------------------------------------------------------------------------
@@ -542,6 +579,40 @@ def test_rows_over_their_own_axes_coincide_where_the_scaled_axis_governs():
     low, high = (line.get_ydata() for line in right.lines[1:3])  # ends of bars: paired, the seeds agree
     assert list(low) == pytest.approx(list(high))
     assert (left.get_ylabel()[:9], right.get_xlabel(), left.get_yscale()) == ("test loss", "lr/b", "log")
+
+
+PLACED = {
+    "LB": Row(),
+    "again": Row({"data_seed": 1}),
+    "GN-4": Row({"penalty": ("gradient_norm=0.1",), "micro_batch": 4}),
+    "GN-24": Row({"penalty": ("gradient_norm=0.2",), "micro_batch": 24}),
+}
+
+
+@pytest.mark.parametrize(("axis", "places"), [("micro_batch", [4.0, 24.0]), ("strength", [0.1, 0.2])])
+def test_a_study_may_have_its_penalties_over_an_axis(tmp_path, monkeypatch, axis, places):
+    norm = "microbatch_gradient_norm"
+    base = dataclasses.replace(TINY, diagnostics=(f"{norm}:micro_batch_size=4",))
+    asked = dataclasses.replace(one(base, **PLACED), axis=axis, beside=norm, baselines=("LB",))
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figures: drawn.extend(figures.values()) or [])
+    outcome = conduct(Sweep(asked, tmp_path))
+    score, norms = drawn[0].axes
+    means = [s.mean.value for s in outcome.summaries if s.label != "again"]
+    logged = [np.mean([Run(r.job.folder).series(norm).values.mean() for r in outcome.results if r.job.label == row])
+              for row in PLACED if row != "again"]  # fmt: skip
+    for ax, (level, *over) in ((score, means), (norms, logged)):
+        line = next(line for line in ax.lines if list(line.get_xdata()) == places)
+        assert list(line.get_ydata()) == pytest.approx(over)
+        dashed = next(line for line in ax.lines if line.get_linestyle() == "--")
+        assert list(dashed.get_ydata()) == pytest.approx([level] * 2)
+        assert [t.get_text() for t in ax.get_legend().get_texts()] == ["LB, mean", "GN"]
+    assert norms.get_ylabel() == "microbatch gradient norm, over training\nmean and 95%"
+
+
+def test_nothing_over_an_axis_is_refused():
+    with pytest.raises(ValueError, match="nothing to draw of loss"):
+        plots.curves({"loss": [summary("a", [1.0])]})
 
 
 def test_two_axes_are_a_map():

@@ -102,14 +102,15 @@ class Member:
     def _norms(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         """By the number of examples of the gradient: steps, and mean gradient norms of so many."""
         training, found = self.run.config["training"], {}
-        if self.kind == "plain" and "batch_gradient_norm" in self.run.names:
-            series = self.run.series("batch_gradient_norm")
-            found[self.batch_size] = series.steps, series.values
         if "microbatch_gradient_norm" in self.run.names:
             options = dict(training.get("diagnostics") or []).get("microbatch_gradient_norm", {})
             size = options.get("micro_batch_size") or training.get("micro_batch_size") or self.batch_size
             series = self.run.series("microbatch_gradient_norm")
             found[min(size, self.batch_size)] = series.steps, series.values
+        if self.kind == "plain" and "batch_gradient_norm" in self.run.names:
+            series = self.run.series("batch_gradient_norm")
+            if len(series) > len(found.get(self.batch_size, ((), ()))[0]):  # the same norms, at more steps
+                found[self.batch_size] = series.steps, series.values
         return found
 
     def trajectory(self, size: int, steps: int) -> np.ndarray:
@@ -196,7 +197,7 @@ class Regimes:
             KeyError: there are none.
         """
         size = micro_batch or self.b
-        free = kind in ("NormalizedGD", "AntiPGD")  # have no micro-batches
+        free = kind in ("NormalizedGD", "AntiPGD", "ExternalGrafting")  # have no micro-batches of their own
         label = kind if free else f"{kind} |M|={size}"
         return self._gather(
             label, lambda m: m.kind == kind and m.batch_size == self.B and (free or m.micro_batch == size)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from ..problems.presets import Experiment
-from ..problems.studies import STUDIES, Scale, Statistic, study
+from ..problems.rows import Statistic
+from ..problems.studies import STUDIES, Scale, study
 from .text import table, taken_scale
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def parsed(name: str, *arguments: str) -> Sweep:
         """Axes from which the settings of each row are chosen first, as in --grid; default those of the study."""
         tuning_seeds: str = ""
         """Seeds of the runs on which the choice is made; they must not be among --seeds."""
-        select: str = "validation_accuracy"
+        select: str = asked.select
         """What the choice is made by."""
         workers: int = 0
         """Runs at a time, a process each; 0 for as many as there are cores, and for one on a GPU."""

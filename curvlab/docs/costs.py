@@ -11,7 +11,8 @@ from ..cli import running, sweeping
 from ..cli.text import taken_scale
 from ..problems.presets import Experiment, parse_diagnostics, parse_options, vary
 from ..problems.registry import canonical
-from ..problems.studies import Study, study
+from ..problems.rows import Study
+from ..problems.studies import study
 from ..sweep.plan import points
 
 SPEED, UPDATES = 20e12, 200.0  # operations a second, and updates of small networks, that we assume of a GPU

@@ -10,7 +10,8 @@ from ..problems.paper import FIGURES, PAPER, Figure
 from ..problems.paper.figures import NEEDS
 from ..problems.paper.marks import is_ours
 from ..problems.presets import Experiment
-from ..problems.studies import Row, Study, studies
+from ..problems.rows import Row, Study
+from ..problems.studies import studies
 from ..regularizers import REGULARIZERS
 from . import FOLDER
 from .costs import asked, estimate

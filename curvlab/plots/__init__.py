@@ -4,7 +4,7 @@ from .bands import bands, common
 from .points import density, lines, measurements, plane
 from .runs import batch_sizes, edge_of_stability, figures, loss_difference, plot, quantities
 from .style import axes_of, colours, save
-from .sweeps import panels, sweep
+from .sweeps import curves, panels, sweep
 
 __all__ = [
     "axes_of",
@@ -12,6 +12,7 @@ __all__ = [
     "batch_sizes",
     "colours",
     "common",
+    "curves",
     "density",
     "edge_of_stability",
     "figures",

@@ -34,9 +34,9 @@ def sweep(
         raise ValueError("nothing to draw: no run of the sweep has a value")
     axes = list(dict.fromkeys(name for s in shown for name, _ in s.point))
     same = all(len(s.point) == len(axes) for s in shown)
-    label = metric.replace("_", " ") + {1.0: "", 100.0: ", %"}.get(scale, f" x {scale:g}")
+    label = _label(metric, scale)
     if same and len(axes) == 1 and len({s.point for s in shown}) > 1:
-        return _curves(shown, axes[0], label, scale, title)
+        return curves({metric: shown}, scale=scale, title=title)
     if same and len(axes) == 2:
         return _maps(shown, axes, label, scale, title)
     return _rows(shown, label, scale, baselines, title)
@@ -119,26 +119,50 @@ def _view(estimates: Sequence[Estimate], log: bool) -> tuple[float, float]:
     return (math.exp(ends[0]), math.exp(ends[1])) if log else ends
 
 
-def _curves(shown: Sequence[Summary], axis: str, label: str, scale: float, title: str) -> Figure:
-    figure, ax = axes_of(1, figsize=(6.4, 4.2))
+def curves(panels: Mapping[str, Sequence[Summary]], *, scale: float = 1.0, title: str = "") -> Figure:
+    """Metrics over the one axis that their summaries have, a panel each; those without an axis are levels.
+
+    Args:
+        scale: of the first metric.
+
+    Raises:
+        ValueError: a metric without a value over the axis.
+    """
+    figure, axes = axes_of(1, len(panels), figsize=(6.4 if len(panels) == 1 else 5.2 * len(panels), 4.2), squeeze=False)
+    for i, (ax, (metric, summaries)) in enumerate(zip(axes[0], panels.items(), strict=True)):
+        factor = 1.0 if i else scale
+        shown = [s for s in summaries if s.values and s.point]
+        if not shown:
+            raise ValueError(f"nothing to draw of {metric}: no run of the sweep has a value over an axis")
+        _curves(ax, shown, shown[0].point[0][0], _label(metric, factor), factor)
+        levels = [s for s in summaries if s.values and not s.point]
+        for s, style in zip(levels, ("--", ":", "-."), strict=False):
+            ax.axhline(s.mean.value * factor, color=BLACK, lw=1, ls=style, label=f"{s.label}, mean")
+        _keep_in_view(ax.set_ylim, [*shown, *levels], factor)
+        if levels or {s.label for s in shown} != {""}:
+            ax.legend(fontsize=8)
+    axes[0, 0].set_title(title, fontsize=9, loc="left")
+    return figure
+
+
+def _label(metric: str, scale: float) -> str:
+    return metric.replace("_", " ") + {1.0: "", 100.0: ", %"}.get(scale, f" x {scale:g}")
+
+
+def _curves(ax: Axes, shown: Sequence[Summary], axis: str, label: str, scale: float) -> None:
     x = _positions(ax, [s.point[0][1] for s in shown], axis)
     rows = list(dict.fromkeys(s.label for s in shown))
-    for row, colour in zip(rows, colours(len(rows)), strict=True):
+    for row, colour, marker in zip(rows, colours(len(rows)), "osD^v<>pXP*h" * len(rows), strict=False):
         members = sorted((s for s in shown if s.label == row), key=lambda s: x[s.point[0][1]])
         places = [x[s.point[0][1]] for s in members]
         ax.errorbar(
-            places, [s.mean.value * scale for s in members], yerr=_bars(members, scale), color=colour, marker="o", ms=4,
+            places, [s.mean.value * scale for s in members], yerr=_bars(members, scale), color=colour, marker=marker, ms=4,
             lw=1.2, capsize=3, label=row or None,
         )  # fmt: skip
         for place, s in zip(places, members, strict=True):
             ax.plot([place] * len(s.values), np.array([*s.values.values()]) * scale, ".", color=colour, alpha=0.4, ms=4)
-    _keep_in_view(ax.set_ylim, shown, scale)
     ax.set_xlabel(axis.replace("_", " "))
-    ax.set_ylabel(f"{label}, mean and 95%")
-    ax.set_title(title, fontsize=9, loc="left")
-    if rows != [""]:
-        ax.legend(fontsize=8)
-    return figure
+    ax.set_ylabel(f"{label}\nmean and 95%")
 
 
 def _maps(shown: Sequence[Summary], axes: list[str], label: str, scale: float, title: str) -> Figure:

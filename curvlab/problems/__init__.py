@@ -7,7 +7,7 @@ from typing import Any
 
 _NAMES = {
     "data": ("digits", "linear_regression", "sparse_regression"),
-    "synthetic": ("synthetic_images", "markov_chain"),
+    "synthetic": ("sparse_classification", "synthetic_images", "markov_chain"),
     "images": ("cifar10", "cifar100", "stl10", "svhn", "fashion_mnist", "tiny_imagenet"),
     "models": ("mlp", "mlp_3x4096", "cnn", "linear"),
     "convolutional": (

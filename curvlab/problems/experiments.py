@@ -118,7 +118,7 @@ def _model(experiment: Experiment, x: torch.Tensor, y: torch.Tensor, y_test: tor
     if name == "linear":
         return made(inputs, outputs, **given)
     if name == "diagonal_linear":
-        return made(inputs, **given)
+        return made(inputs, outputs, **given)
     shape = (1, 8, 8) if canonical(experiment.data).startswith("digits") else tuple(x.shape[1:])
     return made(experiment.model_size, shape=shape, num_classes=outputs, **given)
 

@@ -32,6 +32,7 @@ DATA: dict[str, Callable[..., Split]] = {
     "digits": data.digits,
     "linear_regression": data.linear_regression,
     "sparse_regression": data.sparse_regression,
+    "sparse_classification": synthetic.sparse_classification,
     "synthetic_images": synthetic.synthetic_images,
     "markov_chain": synthetic.markov_chain,
     "cifar10": images.cifar10,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from .presets import Experiment
-from .studies import Row, Study
+from .rows import Row, Study
 
 _BASE = Experiment(
     data="sparse_regression",

@@ -1,4 +1,4 @@
-"""Classification data made from a seed: images of any shape, and sequences of tokens."""
+"""Classification data made from a seed: a few telling inputs among noise, images of any shape, sequences of tokens."""
 
 from __future__ import annotations
 
@@ -8,6 +8,60 @@ import numpy as np
 import torch
 
 from .data import Examples, Split, replace_labels
+
+
+def sparse_classification(
+    n: int = 20,
+    d: int = 40,
+    *,
+    num_classes: int = 3,
+    signal: float = 0.7,
+    n_test: int = 1000,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Split:
+    """Classes that a few inputs tell and the others do not, ((x_train, y_train), (x_test, y_test)):
+
+        x_c = signal · 1[y = c] for the classes c,   x_j ~ N(0, 1) for the other d - num_classes inputs.
+
+    The matrix with 1/signal in num_classes places maps inputs to the classes' one-hot vectors without error. With n < d many
+    others do so on the training set, and only a bias towards sparse ones finds it: see `diagonal_linear`, with squared
+    error. It is to test accuracy what `sparse_regression` is to test loss.
+
+    Args:
+        n: number of training examples.
+        d: number of inputs.
+        num_classes: number of classes, drawn independently for each example.
+        signal: how telling the input of a class is, in standard deviations of the others; the smaller the harder.
+        n_test: number of test examples.
+        seed: draws everything; the numbers are drawn in float64, so both precisions get the same problem.
+        dtype: of the inputs.
+
+    Returns:
+        Inputs (n, d) and labels (n,) int64, and the same for n_test.
+
+    Raises:
+        ValueError: a number of examples is not positive, there are fewer than two classes or more than inputs, or
+            ``signal`` is not positive.
+
+    >>> (x_train, y_train), _ = sparse_classification()
+    >>> x_train.shape, y_train.shape
+    (torch.Size([20, 40]), torch.Size([20]))
+    """
+    if min(n, n_test) < 1 or not 2 <= num_classes <= d or not 0.0 < signal < float("inf"):
+        raise ValueError(
+            f"n is {n}, n_test {n_test}, d {d}, num_classes {num_classes} and signal {signal}, expected at least 1 example "
+            "each, 2 or more classes and as many inputs, and a positive signal. Pass for example n=20, d=40, num_classes=3."
+        )
+    rng = np.random.default_rng(seed)
+
+    def draw(count: int) -> Examples:
+        y = rng.integers(num_classes, size=count)
+        return _examples(
+            np.hstack([signal * np.eye(num_classes)[y], rng.standard_normal((count, d - num_classes))]), y, dtype
+        )
+
+    return draw(n), draw(n_test)
 
 
 def synthetic_images(

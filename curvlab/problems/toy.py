@@ -13,41 +13,45 @@ from .initialization import check_widths
 
 
 def diagonal_linear(
-    d: int = 30, *, scale: float = 0.1 * 2**0.5, seed: int = 0, dtype: torch.dtype = torch.float32
+    d: int = 30, outputs: int = 1, *, scale: float = 0.1 * 2**0.5, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     """The diagonal linear network f(x) = ⟨u ∘ v, x⟩, (B, d) -> (B, 1), that starts at u = scale, v = 0, so at f = 0.
 
+    Several outputs have a u and a v each, (d, outputs) in all.
+
     In p = (u + v)/√2 and q = (u - v)/√2 it is ⟨p² - q², x⟩/2 with p = q = scale/√2, 0.1 by default. Small batches find
-    sparser u ∘ v than large ones: with `sparse_regression`, the smallest problem on which generalization differs.
+    sparser u ∘ v than large ones: with `sparse_regression`, the smallest problem on which generalization differs, and
+    with `sparse_classification`, on which accuracy does.
 
     Args:
         d: number of inputs.
+        outputs: number of outputs.
         scale: of u at the start.
         seed: has no effect, nothing is drawn; every model takes one.
         dtype: of the parameters.
 
     Raises:
-        ValueError: ``d`` is not positive.
+        ValueError: ``d`` or ``outputs`` is not positive.
 
     Source: Woodworth et al. 2020 (arXiv 2002.09277), sec. 4; HaoChen et al. 2021 (arXiv 2006.08680).
 
     >>> diagonal_linear(3)(torch.ones(2, 3)).tolist()
     [[0.0], [0.0]]
     """
-    check_widths((d, 1), at_least=2)
-    return DiagonalLinear(d, scale).to(dtype)
+    check_widths((d, outputs), at_least=2)
+    return DiagonalLinear((d, outputs) if outputs > 1 else (d,), scale).to(dtype)
 
 
 class DiagonalLinear(nn.Module):
     """See `diagonal_linear`."""
 
-    def __init__(self, d: int, scale: float) -> None:
+    def __init__(self, shape: tuple[int, ...], scale: float) -> None:
         super().__init__()
-        self.u = nn.Parameter(torch.full((d,), scale, dtype=torch.float64))
-        self.v = nn.Parameter(torch.zeros(d, dtype=torch.float64))
+        self.u = nn.Parameter(torch.full(shape, scale, dtype=torch.float64))
+        self.v = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ (self.u * self.v)[:, None]
+        return x @ (self.u * self.v).view(len(self.u), -1)
 
 
 class Problem(NamedTuple):

@@ -7,6 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+from ..problems.presets import parse_penalties, vary
+from ..problems.rows import Study
+from ..runs import Run
 from .options import Sweep
 from .plan import Job, Point
 from .table import Judged, Summary, better, judge, summarize, write
@@ -70,7 +75,7 @@ def _conduct(sweep: Sweep, watch: Watcher) -> Outcome:
         "tuning_seeds": sweep.tuning_seeds, "select": sweep.select if chosen else None, "chosen": chosen, "notes": notes,
         "sentences": [vars(j) | {"difference": vars(j.difference)} for j in judged],
     }  # fmt: skip
-    files = write(Path(sweep.folder), summaries, results, facts) + _figure(sweep, summaries, metric)
+    files = write(Path(sweep.folder), summaries, results, facts) + _figure(sweep, summaries, results, metric)
     return Outcome(results, summaries, tuned, chosen, judged, notes, files)
 
 
@@ -138,7 +143,7 @@ def choose(summaries: Sequence[Summary], metric: str) -> tuple[Point, list[str]]
     return dict(best.point), remarks
 
 
-def _figure(sweep: Sweep, summaries: Sequence[Summary], metric: str) -> list[Path]:
+def _figure(sweep: Sweep, summaries: Sequence[Summary], results: Sequence[Result], metric: str) -> list[Path]:
     from .. import plots
 
     if not any(s.values for s in summaries):
@@ -147,10 +152,40 @@ def _figure(sweep: Sweep, summaries: Sequence[Summary], metric: str) -> list[Pat
     shown = [replace(s, point=()) for s in summaries] if sweep.tuning_seeds else summaries
     baselines = [label for label in sweep.study.baselines if label in sweep.labels]
     e, scale = sweep.base or sweep.study.base, sweep.study.scale
-    title = f"{e.data}, {e.model}, {e.loss.replace('_', ' ')}, n = {e.n}; {len(sweep.seeds)} seeds"
+    title = f"{e.data}, {e.model}, {e.loss.replace('_', ' ')}, n = {e.n - e.validation}; {len(sweep.seeds)} seeds"
     if sweep.study.panels and all(len(s.point) == 1 for s in shown):
         per = {label: row.per for label, row in sweep.study.rows.items()}
         figure = plots.panels(shown, metric, sweep.study.panels, per=per, title=title)
+    elif sweep.study.axis and not sweep.grid:
+        panels = {metric: _placed(summaries, sweep.study)}
+        if name := sweep.study.beside:
+            panels[f"{name}, over training"] = _placed(_means(results, name), sweep.study)
+        figure = plots.curves(panels, scale=scale, title=title)
     else:
         figure = plots.sweep(shown, metric, scale=scale, baselines=baselines, title=title)
     return plots.save({Path(sweep.folder) / "sweep": figure})
+
+
+def _placed(summaries: Sequence[Summary], study: Study) -> list[Summary]:
+    """Rows with a penalty where they lie on the study's axis, under their names up to a hyphen; and baselines, placeless."""
+    found = []
+    for s in summaries:
+        e = study.experiment(s.label)
+        for name, text in s.point:
+            e = vary(e, name, text)
+        if e.penalty:
+            place = e.micro_batch if study.axis == "micro_batch" else parse_penalties(e.penalty)[0][0]
+            found.append(replace(s, label=s.label.partition("-")[0], point=((study.axis, f"{place:g}"),)))
+        elif s.label in study.baselines:
+            found.append(replace(s, point=()))
+    return found
+
+
+def _means(results: Sequence[Result], name: str) -> list[Summary]:
+    """Means over the log of what the runs measured on the way."""
+    logged = [
+        replace(r, values={name: float(np.mean(Run(r.job.folder).series(name).values))})
+        for r in results
+        if r.status == "finished"
+    ]
+    return summarize(logged, name)

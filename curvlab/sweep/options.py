@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..problems.presets import Experiment
-from ..problems.studies import Statistic, Study
+from ..problems.rows import Statistic, Study
 from .plan import Grid, Job, Point, plan, points
 from .work import Wanted
 
@@ -26,7 +26,8 @@ class Sweep:
         seeds: of the table; default the study's.
         tune: axes from which each row's settings are chosen; default the rows' own.
         tuning_seeds: of the runs on which the choice is made, in `folder`/tuning; none for no tuning.
-        select: what the choice is made by: the best mean over the tuning seeds, measured where training ends.
+        select: what the choice is made by: the best mean over the tuning seeds, measured where training ends; default the
+            study's.
         metric: of the table; default the study's.
         statistic, checkpoint_every: see `Wanted`; default of the first the study's.
         keep: count the best so many seeds only, 0 for all; default the study's.
@@ -45,7 +46,7 @@ class Sweep:
     seeds: tuple[int, ...] = None  # type: ignore[assignment]
     tune: Grid = field(default_factory=dict)
     tuning_seeds: tuple[int, ...] = ()
-    select: str = "validation_accuracy"
+    select: str = None  # type: ignore[assignment]
     metric: str = ""
     statistic: Statistic = None  # type: ignore[assignment]
     keep: int = None  # type: ignore[assignment]
@@ -53,7 +54,7 @@ class Sweep:
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "statistic", "keep"):
+        for name in ("seeds", "statistic", "keep", "select"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(self.study, name))
         unknown = set(self.rows) - set(self.study.rows)

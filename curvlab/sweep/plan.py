@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..problems.presets import Experiment, from_config, vary
-from ..problems.studies import Study
+from ..problems.rows import Study
 from ..runs import CONFIG
 
+SEEDS = ("init_seed", "data_seed", "probe_seed")
 Point = dict[str, str]  # setting -> value, as written
 Grid = Mapping[str, tuple[str, ...]]
 
@@ -89,7 +90,8 @@ def plan(
     measured: Sequence[str] = (),
     external: Mapping[tuple[str, int], Path] | None = None,
 ) -> list[Job]:
-    """A job for every row, point and seed. A seed is that of initialization, label noise, order of the data and probes.
+    """A job for every row, point and seed. A seed is that of initialization, label noise, order of the data and probes,
+    but for those that a row fixes.
 
     Args:
         base: of all rows.
@@ -110,9 +112,11 @@ def plan(
                 raise ValueError(
                     f"batch_size is {experiment.batch_size}; a run of a sweep has one: vary it with --grid"
                 )
-            log = (*experiment.diagnostics, *(m for m in measured if m not in experiment.diagnostics))
+            logged = [entry.partition(":")[0] for entry in experiment.diagnostics]
+            log = (*experiment.diagnostics, *(m for m in measured if m not in logged))
             for s in seeds:
-                own: dict[str, Any] = {"init_seed": s, "data_seed": s, "probe_seed": s, "diagnostics": log}
+                seeds_of_row = {name: s for name in SEEDS if name not in study.rows[label].change}
+                own: dict[str, Any] = {**seeds_of_row, "diagnostics": log}
                 place, after = folder / _name(label, point, s), None
                 if study.rows[label].external:
                     after = _external(study.rows[label].external, point, s, points_of, folder, external or {})

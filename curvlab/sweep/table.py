@@ -16,7 +16,7 @@ from ..claims.regimes import decide
 from ..claims.registry import Decision
 from ..claims.statistics import Estimate
 from ..claims.statistics import mean_over_seeds as estimate
-from ..problems.studies import Row, Study
+from ..problems.rows import Row, Study
 from .work import Result, larger_is_better
 
 

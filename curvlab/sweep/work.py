@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..problems.formats import MissingData
-from ..problems.studies import Statistic
+from ..problems.rows import Statistic
 from ..runs import Run
 from .plan import Job, check_folders
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..studies import Scale, Study
+from ..rows import Study
+from ..studies import Scale
 from .lee import LEE
 from .novack import NOVACK
 from .smith import SMITH

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..presets import EDGE, PRESETS
-from ..studies import Row, Study
+from ..rows import Row, Study
 from .marks import Marked, ours, stated, study
 
 _REMARK = "sec. 4, remark"

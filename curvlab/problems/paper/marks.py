@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..presets import Experiment
-from ..studies import Row, Study
+from ..rows import Row, Study
 
 PROTOCOL = ("seeds", "statistic", "keep")  # settings of a study that are none of its experiments
 # What every experiment states, also where the value is the default: what decides how training goes.

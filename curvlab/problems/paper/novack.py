@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..studies import Row, Study
+from ..rows import Row, Study
 from .marks import Mark, Marked, ours, row, stated, study
 
 _TUNED = "tuned for each regime, sec. 3.1; values are not in the text"

@@ -6,7 +6,7 @@ in all of them.
 
 from __future__ import annotations
 
-from ..studies import Row, Study
+from ..rows import Row, Study
 from .marks import Marked, ours, powers, row, stated, study
 
 _PENALTY = "penalty.implicit_regularizer"
