@@ -41,7 +41,7 @@ def test_edge_of_stability_names_axes_curves_and_threshold(run):
 
 def test_error_bands_are_the_intervals(tmp_path):
     run = planted(tmp_path / "run", s=np.full(30, 1.0))
-    entry = '"sharpness":{"value":10.0,"error":%s,"kind":"%s"}'
+    entry = '"sharpness": {"value": 10.0, "error": %s, "kind": "%s"}'
     text = (run.path / "measurements.jsonl").read_text().replace(entry % ("0.0", "exact"), entry % ("2.0", "bound"))
     (run.path / "measurements.jsonl").write_text(text)
     figure = plots.edge_of_stability(Run(run.path))
