@@ -156,8 +156,8 @@ def test_the_studies_of_smith_compare_sizes_at_equal_rates_and_at_equal_ratios(n
 
 def test_the_penalties_of_smith_are_at_a_rate_of_the_grid():
     asked = STUDIES["smith-rates"]
-    assert asked.experiment("penalty").lr in [*map(float, asked.rows["rate"].grid["lr"])]
-    assert asked.experiment("penalty").micro_batch == 0  # C_reg is over batches of the size of training
+    assert asked.experiment("penalties").lr in [*map(float, asked.rows["rates"].grid["lr"])]
+    assert asked.experiment("penalties").micro_batch == 0  # C_reg is over batches of the size of training
 
 
 @pytest.mark.parametrize("name", [name for name in STUDIES if name.startswith("novack")])

@@ -41,19 +41,19 @@ SMITH: dict[str, Study] = {
     "smith-rates": _study(
         "learning rates ε, and strengths λ of C_reg at a small ε (Smith et al. 2021, figs. 1, 2, 5, 6a)",
         {
-            "rate": Row(
+            "rates": Row(
                 grid={"lr": ("0.02", "0.04", "0.08", "0.16", "0.32")},
                 about="SGD over its learning rate",
                 paper="best at 2^-6 (CIFAR-10), 2^-5 (Fashion-MNIST)",
             ),
-            "penalty": Row(
+            "penalties": Row(
                 {"penalty": ("implicit_regularizer=0.04",), "lr": 0.04},
                 grid={_C_REG: ("0.04", "0.08", "0.16", "0.32", "0.64")},
                 about="C + λ C_reg at a small learning rate",
                 paper="best at 2^-6 (CIFAR-10), 2^-2 (Fashion-MNIST)",
             ),
         },
-        ("learning rate ε (rate), or strength λ of C_reg at ε = 0.04 (penalty)",),
+        ("learning rate ε (rates), or strength λ of C_reg at ε = 0.04 (penalties)",),
         diagnostics=("loss", "test_loss", "gradient_norm", "gradient_variance"),
     ),
     "smith-batch-rates": _study(
