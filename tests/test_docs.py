@@ -26,6 +26,7 @@ from curvlab.diagnostics.registry import ALIASES
 from curvlab.docs import TOPICS, quantity
 from curvlab.docs.docstrings import sections
 from curvlab.methods import METHODS
+from curvlab.problems.registry import DATA, MODELS
 from curvlab.regularizers import REGULARIZERS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -150,6 +151,8 @@ def known_names() -> set[str]:
         *TOPICS,
         *curvlab.__all__,
         *COMMANDS,
+        *DATA,
+        *MODELS,
     }
     callables = [curvlab.Objective, curvlab.measure, curvlab.train, *(d.function for d in DIAGNOSTICS.values())]
     arguments = {p for f in callables for p in inspect.signature(f).parameters}
