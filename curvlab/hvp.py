@@ -49,6 +49,7 @@ class HessianProducts:
     Attributes:
         engine: the engine in use.
         kept: number of chunks whose graphs are kept, of `len(chunks)`.
+        reason: why, in words.
     """
 
     _points: list[ChunkGradient]
@@ -88,6 +89,19 @@ class HessianProducts:
     def matmat(self, V: Tensor) -> Tensor:
         """H(w) @ V, (P, K) -> (P, K)."""
         return self.objective.fitting(lambda: self._product(V), self._cut)
+
+    @property
+    def reason(self) -> str:
+        """Why the engine in use is the one: what was asked for, whether it could be recorded, and what fits in memory."""
+        chunks = len(self.chunks)
+        if self.engine in ("double_backward", "forward_over_reverse"):
+            return f"{self.engine} was asked for, and keeps nothing"
+        if self._asked in ("traced", "compiled") and self.engine == "graph":
+            why = f"{self._asked} was asked for, but nothing could be recorded (the log has the reason)"
+        else:
+            why = "auto takes graph" if self._asked == "auto" else f"{self.engine} was asked for"
+        rest = "" if self.kept == chunks else "; the others are rebuilt for each block of vectors"
+        return f"{why}; half of {self.objective.memory / 2**20:.4g} MiB keeps {self.kept} of {chunks} chunks{rest}"
 
     @property
     def captures(self) -> list[Capture]:

@@ -156,6 +156,32 @@ def test_what_is_kept_is_counted_and_bounded():
     assert torch.equal(small.matmat(block(L.num_params)), expected)
 
 
+@pytest.mark.parametrize(
+    "engine, memory, reason",
+    [
+        ("auto", "1MiB", "auto takes graph; half of 1 MiB keeps 3 of 3 chunks"),
+        (
+            "graph",
+            1,
+            "graph was asked for; half of 9.537e-07 MiB keeps 0 of 3 chunks; the others are rebuilt for each block",
+        ),
+        ("traced", "1MiB", "traced was asked for; half of 1 MiB keeps 3 of 3 chunks"),
+        ("double_backward", "1MiB", "double_backward was asked for, and keeps nothing"),
+    ],
+)
+def test_the_choice_of_an_engine_has_a_reason(engine, memory, reason):
+    model, data = mlp()
+    L = cl.Objective(model, "cross_entropy", data, chunk_size=3, memory=memory)
+    assert HessianProducts(L, L.params(), engine=engine).reason.startswith(reason)
+
+
+def test_the_reason_says_that_nothing_could_be_recorded():
+    L = cl.Objective(Branching(), "cross_entropy", mlp()[1])
+    assert HessianProducts(L, L.params(), engine="traced").reason.startswith(
+        "traced was asked for, but nothing could be recorded (the log has the reason); half of"
+    )
+
+
 @pytest.mark.slow
 def test_compiled_products_agree():
     model, data = mlp(n=32)
