@@ -12,7 +12,7 @@ from .gradient_graph import ChunkGradient, GradientGraph, TracedGradient, record
 from .objective import Chunk, Objective
 
 Engine = Literal["auto", "graph", "traced", "compiled", "double_backward", "forward_over_reverse"]
-ENGINES = ("graph", "traced", "compiled", "double_backward", "forward_over_reverse")
+ENGINES: tuple[Engine, ...] = ("graph", "traced", "compiled", "double_backward", "forward_over_reverse")
 
 
 class HessianProducts:
@@ -155,11 +155,20 @@ class HessianProducts:
         possible = all(made.find(L, self.w, L.place(chunk), self.constants) for chunk in self.chunks)
         return engine if possible else "graph"
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept for products, beside parameters and data, as foreseen for chunks of full size."""
+        L = self.objective
+        each = self._recorded_bytes() if self.engine in ("traced", "compiled") else L.graph_bytes * L.chunk_size
+        return int(self.kept * each)
+
+    def _recorded_bytes(self) -> int:
+        return max(self._recordings.of(chunk).nbytes for chunk in map(self.objective.place, self.chunks))
+
     def _room(self) -> int:
         """How many chunks may keep what products need, in half of the objective's memory."""
         if self.engine in ("traced", "compiled"):
-            needed = max(self._recordings.of(chunk).nbytes for chunk in map(self.objective.place, self.chunks))
-            return int(self.objective.memory / 2 / max(1, needed))
+            return int(self.objective.memory / 2 / max(1, self._recorded_bytes()))
         return self.objective.graphs_that_fit if self.engine == "graph" else 0
 
     def _at(self, chunk: Chunk, owners: dict[str, nn.Module] | None = None, *, check: bool) -> ChunkGradient:

@@ -543,3 +543,31 @@ def test_the_citation_states_what_the_package_does():
         ("abstract", "description"),
     ):
         assert cited[ours] == metadata["metadata"][theirs]
+
+
+def test_engines_are_timed_at_the_end_of_a_run_and_on_a_named_problem(tmp_path, capsys):
+    assert main(["run", *SHORT, "--out", str(tmp_path / "r")]) == 0
+    capsys.readouterr()
+    figure = tmp_path / "bars.png"
+    asked = ["--rounds", "1", "--engines", "graph", "double_backward"]
+    assert main(["bench", "hvp", str(tmp_path / "r"), *asked, "--figure", str(figure)]) == 0
+    assert f"{tmp_path / 'r'}, step 12, N = 64" in capsys.readouterr().out
+    assert matplotlib.image.imread(figure)[..., :3].std() > 0.05
+    assert main(["bench", "hvp", "--problem", "mlp", "--n", "16", "--dtype", "float64", *asked]) == 0
+    assert capsys.readouterr().out.startswith("mlp, N = 16, P = 26122\nengine")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "bench measures hvp"),
+        (["hvp"], "takes a run, a model or a problem"),
+        (["hvp", "--problem", "mpl"], "problem is 'mpl', expected one of mlp, mlp_300k, cnn6, resnet18, gpt, vit"),
+        (["hvp", "--problem", "mlp", "--loss", "token"], "leave out loss"),
+        (["hvp", "r", "--n", "3"], "--n is of --problem"),
+        (["hvp", "--problem", "mlp", "--engines", "fast"], r"engines are ('fast',); expected some of ('graph'"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -335,7 +335,7 @@ def test_a_point_of_another_length_is_refused_when_the_operator_is_made(name):
 
 # As in DESIGN.md, lowest first: a file imports only from lower layers, or from its own folder.
 LAYERS = (
-    {"measurement", "losses", "guard", "layers", "linearize", "optional", "schedule", "unwrap"},
+    {"measurement", "losses", "guard", "layers", "linearize", "optional", "schedule", "timing", "unwrap"},
     {"batches"},
     {"linalg"},
     {"checks"},
@@ -344,7 +344,7 @@ LAYERS = (
     {"gradient_graph", "per_example", "optimizers"},
     {"hvp"},
     {"operators"},
-    {"snapshot", "runs", "regularizers", "budget"},
+    {"snapshot", "runs", "regularizers", "budget", "throughput"},
     {"tables"},
     {"diagnostics", "batch_gradient", "methods", "landscape"},
     {"point", "verify", "flow", "cost"},

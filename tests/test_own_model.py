@@ -288,3 +288,22 @@ def test_modules_that_fail_say_where(there, capsys):
         err = capsys.readouterr().err
         assert message in err
         assert f"{module}.py, line 2)" in err
+
+
+def test_the_engines_of_its_products_are_timed(capsys):
+    own = ["bench", "hvp", "--model", "mine.net:Net", "--data", "mine.net:make_data", "--rounds", "1"]
+    assert main([*own, "--json", "--products", "3", "--points", "2", "--chunk-size", "20"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["objective"]["model"] == "Net"
+    assert found["objective"]["chunk_size"] == 20
+    speeds = {s["name"]: s for s in found["speeds"]}
+    assert list(speeds) == ["graph", "traced", "double_backward", "forward_over_reverse"]
+    advice, best = found["recommendation"], speeds[found["recommendation"]["engine"]]
+    assert advice["seconds"] == pytest.approx(
+        best["setup"] + 2 * (best["first"]["median"] + 3 * best["product"]["median"])
+    )
+    assert main([*own, "--engines", "graph", "traced"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("mine.net:Net, N = 40, P = 21\n")
+    assert 'engine="' in out
+    assert "forward_over_reverse" not in out

@@ -277,6 +277,9 @@ def test_markov_chain_draws_both_sets_from_one_chain():
         (lambda: wide_resnet(12, 1), "depth is 12, expected 6k . 4.*Pass for example 10, 16 or 28"),
         (lambda: wide_resnet(4, 1), "depth is 4, expected 6k . 4"),
         (lambda: problems.gpt(shape=(3, 8, 8)), r"shape is \(3, 8, 8\), expected \(T,\).*Pass for example \(32,\)"),
+        (lambda: problems.vit(shape=(3, 8)), r"shape is \(3, 8\), expected \(channels.*Pass for example \(3, 32, 32\)"),
+        (lambda: problems.vit(shape=(3, 8, 3)), r"shape is \(3, 8, 3\), expected .* at least 4x4 pixels"),
+        (lambda: problems.timed_problem("mpl"), r"problem is 'mpl', expected one of mlp, .*Pass one of these names"),
         (lambda: problems.diagonal_linear(0), r"widths are \(0, 1\), expected 2 or more positive"),
         (lambda: quadratic([]), r"spectrum is \[\], expected one or more finite.*Pass for example"),
         (lambda: quadratic([1.0, float("inf")]), "spectrum is .*inf.*, expected one or more finite"),
@@ -586,11 +589,12 @@ def test_gpt_looks_back_only():
     assert model(tokens[:, :3]).shape == (2, 3, 16)
 
 
-def test_attention_is_that_of_torch():
-    attention = transformer.Attention(12, 3).double()
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_is_that_of_torch(causal):
+    attention = transformer.Attention(12, 3, causal=causal).double()
     x = torch.randn(2, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     q, k, v = (f(x).view(2, 5, 3, 4).transpose(1, 2) for f in (attention.query, attention.key, attention.value))
-    reference = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(2, 5, 12)
+    reference = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(2, 5, 12)
     torch.testing.assert_close(attention(x), attention.out(reference))
 
 

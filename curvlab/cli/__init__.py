@@ -14,6 +14,8 @@ USAGE = """usage: curvlab COMMAND ...
   measure RUN [options]     measure the final point of a run
   measure --model package.module:make_model --data package.module:make_data [--checkpoint FILE] [options]
                             measure a model of one's own
+  bench hvp RUN|--model ...|--problem NAME
+                            how fast Hessian-vector products are by every engine, and which one to take
   watch RUN [options]       follow a run while it trains
   landscape RUN [options]   draw the loss around the final point of a run
   claims RUN ... [--json]   what runs say about the papers' claims
@@ -32,6 +34,7 @@ COMMANDS = {
     "sweep": "sweeping",
     "measure": "points",
     "landscape": "points",
+    "bench": "benching",
     "watch": "watching",
     "export": "exporting",
     "report": "reporting",

@@ -56,11 +56,11 @@ def objective(
         criterion = there.get("loss", loss)
         criterion = _called("loss", loss, criterion) if inspect.isclass(criterion) else criterion
         with _told(f"{model} on {data} with loss {loss}"):
-            return Objective(network, criterion, batches, **_settings(**settings)), step
+            return Objective(network, criterion, batches, **as_taken(**settings)), step
 
 
-def _settings(device: str | None = None, dtype: str | None = None, **others: Any) -> dict[str, Any]:
-    """As `Objective` takes them."""
+def as_taken(device: str | None = None, dtype: str | None = None, **others: Any) -> dict[str, Any]:
+    """Settings of the command line as `Objective` takes them."""
     usable_device(device)
     return {**others, "device": device, "dtype": None if dtype is None else getattr(torch, dtype)}
 

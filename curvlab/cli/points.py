@@ -83,10 +83,10 @@ def measure_command(arguments: list[str]) -> int:
         return locals()
 
     asked = tyro.cli(options, args=arguments, prog="curvlab measure")
-    _one_source(asked)
+    one_source(asked)
     from ..point import measure
 
-    at = _of_run(asked) if asked["run"] else _of_model(asked)
+    at = of_run(asked) if asked["run"] else of_model(asked)
     sizes = asked["batch_size"] or (() if at.batch_size is None else (at.batch_size,))
     lr = at.lr if asked["lr"] is None else asked["lr"]
     names = asked["diagnostics"] or (*PLAIN, *(INTERACTION if sizes else ()))
@@ -98,7 +98,7 @@ def measure_command(arguments: list[str]) -> int:
         measured = {name: m.to_dict() for name, m in found.items()}
         print(json.dumps({"step": at.step, "measurements": measured}, indent=2))
     else:
-        print(_heading(at, sizes, lr))
+        print(heading(at, sizes, lr))
         print(_measurement_table(found))
     if asked["figure"]:
         from .. import plots
@@ -108,12 +108,12 @@ def measure_command(arguments: list[str]) -> int:
     return 0
 
 
-def _one_source(asked: dict[str, Any]) -> None:
+def one_source(asked: dict[str, Any], command: str = "measure") -> None:
     """Refuse both a run and a model, neither of them, and settings that the other would have."""
     if bool(asked["run"]) == bool(asked["model"]):
         raise ValueError(
-            "measure takes a run or a model: curvlab measure RUN, or curvlab measure --model package.module:make_model "
-            "--data package.module:make_data --checkpoint weights.pt"
+            f"{command} takes a run or a model: curvlab {command} RUN, or curvlab {command} --model "
+            "package.module:make_model --data package.module:make_data --checkpoint weights.pt"
         )
     if asked["model"] and not asked["data"]:
         raise ValueError(f"--model {asked['model']} needs data: add --data package.module:make_data")
@@ -123,7 +123,8 @@ def _one_source(asked: dict[str, Any]) -> None:
         raise ValueError(f"{listing}: settings of a model of one's own (--model); a run states its own, leave them out")
 
 
-def _of_run(asked: dict[str, Any]) -> Point:
+def of_run(asked: dict[str, Any]) -> Point:
+    """The end of the run that was asked for."""
     from ..problems.experiments import final_point
 
     end = final_point(asked["run"])
@@ -133,7 +134,8 @@ def _of_run(asked: dict[str, Any]) -> Point:
     )  # fmt: skip
 
 
-def _of_model(asked: dict[str, Any]) -> Point:
+def of_model(asked: dict[str, Any]) -> Point:
+    """The model, data, loss and settings that were asked for."""
     from .own import objective
 
     given = {name: asked[name] for name in OWN if asked[name] not in (None, ())}
@@ -148,7 +150,8 @@ def _of_model(asked: dict[str, Any]) -> Point:
     return Point(str(asked["checkpoint"] or asked["model"]), L, step=step)
 
 
-def _heading(at: Point, sizes: tuple[int, ...], lr: float | None) -> str:
+def heading(at: Point, sizes: tuple[int, ...] = (), lr: float | None = None) -> str:
+    """What is measured, in a line."""
     L = at.objective
     parts = [at.name, "" if at.step is None else f"step {at.step}", f"N = {L.size}", f"P = {L.num_params}"]
     parts += [f"b = {', '.join(map(str, sizes))}" if sizes else "", f"2/lr = {2 / lr:.5g}" if lr else ""]

@@ -5,6 +5,7 @@ from .points import density, lines, measurements, plane
 from .runs import batch_sizes, edge_of_stability, figures, loss_difference, plot, quantities
 from .style import axes_of, colours, save
 from .sweeps import curves, panels, sweep
+from .throughput import throughput
 
 __all__ = [
     "axes_of",
@@ -25,4 +26,5 @@ __all__ = [
     "quantities",
     "save",
     "sweep",
+    "throughput",
 ]

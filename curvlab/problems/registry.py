@@ -25,6 +25,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "wrn_16_4": convolutional.wrn_16_4,
     "wrn_28_2": convolutional.wrn_28_2,
     "gpt": transformer.gpt,
+    "vit": transformer.vit,
     "diagonal_linear": toy.diagonal_linear,
 }
 
@@ -63,6 +64,7 @@ PARAMETERS: dict[str, Count] = {
     "wrn_16_4": Count(2_747_536, 172_720, "Smith: 16-4 Wide-ResNet with SkipInit; no count"),
     "wrn_28_2": Count(1_467_610, 92_734, "Lee: WRN-28-2, 36M, which fits WRN-28-10 (36,479,194) instead"),
     "gpt": Count(801_536, 27_520, "none of the papers; ours"),
+    "vit": Count(809_098, 29_418, "none of the papers; ours"),
 }
 
 _OTHER_NAMES = {"6cnn": "cnn6", "vgg16": "vgg16_bn"}
