@@ -13,8 +13,6 @@ than the clock; without them both agree, so a record has both. The rate is 0: al
 from __future__ import annotations
 
 import argparse
-import gc
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,9 @@ import torch
 import curvlab as cl
 from curvlab.batch_gradient import BatchGradient
 from curvlab.regularizers import REGULARIZERS
+from curvlab.timing import one_stage, timed
 
 STRENGTH = 0.01
-WARM_UP = 2
 
 
 def main() -> None:
@@ -63,7 +61,7 @@ def main() -> None:
 def measured(n: int, micro_batch_size: int, rounds: int) -> list[dict[str, Any]]:
     """One row for each candidate: median CPU time of a step, and its ratio to the plain step of the same round."""
     steps = candidates(n, micro_batch_size)
-    seconds = timed(list(steps.values()), rounds)  # (rounds, candidates, CPU and clock)
+    seconds = timed([one_stage(step) for step in steps.values()], rounds)  # (rounds, candidates, CPU and clock)
     ratios = seconds / seconds[:, :1]
     return [
         {
@@ -98,23 +96,6 @@ def candidates(n: int, micro_batch_size: int) -> dict[str, Callable[[], None]]:
 
     penalized = {name: (lambda name=name: step((STRENGTH, name))) for name in REGULARIZERS}
     return {"plain": step, "torch": by_hand, **penalized}
-
-
-def timed(steps: list[Callable[[], None]], rounds: int) -> np.ndarray:
-    """Seconds by CPU time and by the clock, (rounds, candidates, 2), interleaved."""
-    rng, seconds = np.random.default_rng(0), np.empty((rounds, len(steps), 2))
-    for _ in range(WARM_UP):
-        for step in steps:
-            step()
-    for row in seconds:
-        gc.collect()
-        gc.disable()  # so that no candidate pays for another's rubbish
-        for i in rng.permutation(len(steps)):
-            wall, cpu = time.perf_counter(), time.process_time()
-            steps[i]()
-            row[i] = time.process_time() - cpu, time.perf_counter() - wall
-        gc.enable()
-    return seconds
 
 
 if __name__ == "__main__":

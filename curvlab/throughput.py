@@ -89,7 +89,7 @@ def throughput(
         raise ValueError(f"engines are {tuple(engines)}; expected some of {ENGINES}")
     w = L.point(w)
     made: dict[str, tuple[str, int, str]] = {}
-    starts: dict[str, Start] = {engine: _start(L, w, engine, made) for engine in engines}
+    starts: dict[str, Start] = {engine: engine_start(L, w, engine, made) for engine in engines}
     v = probe(L)
     HessianProducts(L, w, engine="double_backward").matmat(v[:, None])  # what torch sets up once is no engine's
     _ = L.graph_bytes
@@ -167,7 +167,8 @@ def probe(L: Objective) -> Tensor:
     return normal((L.num_params,), L.params(), generator=generator("throughput"))
 
 
-def _start(L: Objective, w: Tensor, engine: Engine, made: dict[str, tuple[str, int, str]]) -> Start:
+def engine_start(L: Objective, w: Tensor, engine: Engine, made: dict[str, tuple[str, int, str]] | None = None) -> Start:
+    """What an engine does first at a point; in `made`, the engine that it is in fact, bytes kept, and a note."""
     own = copy.copy(L)
     vars(own).pop("_recordings", None)  # each engine makes its own, so that each pays for it
 
@@ -176,7 +177,8 @@ def _start(L: Objective, w: Tensor, engine: Engine, made: dict[str, tuple[str, i
         products.value_and_gradient()
         kept, chunks = products.kept, len(products.chunks)
         all_kept = kept == chunks or engine in ("double_backward", "forward_over_reverse")
-        made[engine] = products.engine, products.nbytes, "" if all_kept else f"keeps {kept} of {chunks} chunks"
+        if made is not None:
+            made[engine] = products.engine, products.nbytes, "" if all_kept else f"keeps {kept} of {chunks} chunks"
         return lambda v: products.matmat(v[:, None])[:, 0]
 
     return start

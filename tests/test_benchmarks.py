@@ -1,5 +1,6 @@
 """Benchmarks run, and their records are complete. What they measure is never tested."""
 
+import importlib
 import json
 import math
 import os
@@ -9,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from curvlab.regularizers import REGULARIZERS
+from curvlab.throughput import EAGER
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -75,9 +78,42 @@ def test_kept_records_of_penalties_are_complete(record):
 
 
 def test_the_table_of_benchmarks_is_the_folder():
-    scripts = {file.stem for file in BENCHMARKS.glob("*.py")} - {"record"}
+    scripts = {file.stem for file in BENCHMARKS.glob("*.py")} - {"record", "common"}
     table = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     assert scripts == {part.split(".py")[0] for part in table.split("python benchmarks/")[1:]}
+
+
+def test_products_of_engines_and_peers_are_compared(tmp_path):
+    printed = run("bench_hvp", tmp_path)
+    (record,) = records(tmp_path, "bench_hvp")
+    check(record, "bench_hvp")
+    assert record["settings"]["models"] == {"mlp": {"examples": 16, "parameters": 26122}}
+    assert set(record["settings"]["peers"]) == {
+        "pyhessian",
+        "curvlinops",
+        "hessian_eigenthings",
+    }  # also those not there
+    found = {row["name"]: row for row in record["results"]}
+    assert {f"curvlab {engine}" for engine in EAGER} | {"scipy (curvlab)", "by hand"} <= set(found)
+    for name, row in found.items():
+        assert name in printed
+        assert row["difference"] < 1e-5
+        assert row["peak_bytes"] is not None
+        for spread in (row["product"], row["product_ratio"], row["first_ratio"]):
+            assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+
+
+def test_growth_of_memory_is_that_of_the_job_in_a_fresh_process(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    common = importlib.import_module("common")
+    found = common.growth(reserve, 32 * 2**20, "cpu")
+    assert 32 * 2**20 <= found < 40 * 2**20
+
+
+def reserve(size, device):
+    """Takes far more memory before it is measured than while it is."""
+    torch.ones(10 * size, dtype=torch.uint8, device=device)
+    return lambda: torch.ones(size, dtype=torch.uint8, device=device)
 
 
 def test_costs_are_counted(tmp_path):
