@@ -187,9 +187,9 @@ def line(speed: Speed, peak: int | None) -> str:
         return f"{speed.name:30} {speed.note}"
     odd = f"  differs by {speed.difference:.1e}" if (speed.difference or 0) > 1e-4 else ""
     memory = "" if peak is None else f"{peak / 2**20:8.1f} MiB"
+    first = f"first {speed.first_ratio!s:18} then " if speed.first_ratio.median > 0.005 else ""
     return (
-        f"{speed.name:30} first {speed.first_ratio!s:18} product {speed.product_ratio!s:18} gradients, "
-        f"{speed.per_second:7.1f} a second {memory}{odd}"
+        f"{speed.name:30} {first}{speed.product_ratio!s:18} gradients, {speed.per_second:7.1f} a second {memory}{odd}"
     )
 
 

@@ -82,7 +82,12 @@ def growth(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> int | 
 
 def _grown(answer: Any, prepare: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    job, device = prepare(*arguments), torch.device(arguments[-1])
+    device = torch.device(arguments[-1])
+    try:
+        job = prepare(*arguments)
+    except Exception:  # why is said where the same is timed
+        answer.send(None)
+        return
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)

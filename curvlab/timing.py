@@ -55,14 +55,18 @@ def timed(
     counts = [len([run(candidate) for _ in range(max(1, warm_up))][-1]) for candidate in candidates]
     ends = np.cumsum(counts)
     rng, seconds = np.random.default_rng(0), np.empty((rounds, int(ends[-1]), 2))
-    for row in seconds:
-        gc.collect()
-        gc.disable()  # so that no candidate pays for another's rubbish
-        try:
+    gc.collect()
+    gc.freeze()  # what is there is not looked through in every round
+    try:
+        for row in seconds:
+            gc.collect()
+            gc.disable()  # so that no candidate pays for another's rubbish
             for i in rng.permutation(len(candidates)):
                 row[ends[i] - counts[i] : ends[i]] = run(candidates[i])
-        finally:
             gc.enable()
+    finally:
+        gc.enable()
+        gc.unfreeze()
     return seconds
 
 

@@ -103,11 +103,39 @@ def test_products_of_engines_and_peers_are_compared(tmp_path):
             assert 0 < spread["low"] <= spread["median"] <= spread["high"]
 
 
+def test_norms_of_per_example_gradients_are_compared(tmp_path):
+    run("bench_per_example", tmp_path)
+    (record,) = records(tmp_path, "bench_per_example")
+    check(record, "bench_per_example")
+    found = {row["name"]: row for row in record["results"]}
+    assert {"curvlab", "vmap"} <= set(found)
+    assert set(record["settings"]["peers"]) == {"opacus", "backpack"}
+    for row in found.values():
+        assert row["difference"] < 1e-4
+        assert row["product_ratio"]["median"] > 0
+        assert row["peak_bytes"] is not None
+
+
+@pytest.mark.slow
+def test_steps_with_diagnostics_are_timed_and_their_errors_measured(tmp_path):
+    run("bench_step", tmp_path)
+    (record,) = records(tmp_path, "bench_step")
+    check(record, "bench_step")
+    found = {(row["b"], row["candidate"]): row for row in record["results"]}
+    assert {b for b, _ in found} == {64, 32}
+    assert {name for _, name in found} >= {"bare", "by hand", "all", "sharpness", "interaction_trace", "loss"}
+    assert found[64, "bare"]["mean_ratio"] == 1
+    estimated = [row for row in record["results"] if row["true_error"] is not None]
+    assert len(estimated) == 2 * 4
+    assert all(row["true_error"] < 0.2 for row in estimated)
+    assert all(row["gradients"]["median"] > 0 for row in record["results"])
+
+
 def test_growth_of_memory_is_that_of_the_job_in_a_fresh_process(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     common = importlib.import_module("common")
     found = common.growth(reserve, 32 * 2**20, "cpu")
-    assert 32 * 2**20 <= found < 40 * 2**20
+    assert 31 * 2**20 < found < 40 * 2**20
 
 
 def reserve(size, device):
