@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from curvlab import plots
 from curvlab.regularizers import REGULARIZERS
 from curvlab.throughput import EAGER
 
@@ -78,8 +79,8 @@ def test_kept_records_of_penalties_are_complete(record):
 
 
 def test_the_table_of_benchmarks_is_the_folder():
-    scripts = {file.stem for file in BENCHMARKS.glob("*.py")} - {"record", "common"}
-    table = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    scripts = {file.stem for file in BENCHMARKS.glob("*.py")} - {"record", "common", "tables"}
+    table = (BENCHMARKS / "README.md").read_text(encoding="utf-8").partition("Other libraries")[0]
     assert scripts == {part.split(".py")[0] for part in table.split("python benchmarks/")[1:]}
 
 
@@ -129,6 +130,42 @@ def test_steps_with_diagnostics_are_timed_and_their_errors_measured(tmp_path):
     assert len(estimated) == 2 * 4
     assert all(row["true_error"] < 0.2 for row in estimated)
     assert all(row["gradients"]["median"] > 0 for row in record["results"])
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("tables")
+
+
+def test_the_tables_of_the_readme_are_those_of_the_records(tables):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.partition(tables.BEGIN)[2].partition(tables.END)[0].strip() == tables.tables()
+    assert tables.FIGURE.exists() == bool(tables.latest("bench_hvp", BENCHMARKS / "records"))
+
+
+def test_tables_take_the_last_full_record_of_each_device(tables, tmp_path):
+    def made(device, quick, median):
+        spread = {"low": median, "median": median, "high": median}
+        own = dict.fromkeys(("first", "product", "first_ratio", "product_ratio"), spread)
+        row = {"model": "mlp", "name": "curvlab graph", "used": "curvlab graph", **own, "setup": 0.0, "nbytes": None}
+        failed = row | dict.fromkeys(own) | {"name": "other", "used": None, "peak_bytes": None, "note": "broken"}
+        settings = {"quick": quick, "device": device, "models": {"mlp": {"examples": 8, "parameters": 26122}}}
+        results = [row | {"difference": 0.0, "note": "", "peak_bytes": 3 * 2**20}, failed | {"difference": None}]
+        return {"settings": settings, "results": results, "environment": {"versions": {"torch": "2.x"}}}
+
+    lines = [made("a GPU", False, 7.0), made("cpu", False, 1.5), made("cpu", False, 1.75), made("cpu", True, 9.0)]
+    (tmp_path / "bench_hvp.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = tables.tables(tmp_path)
+    assert "| curvlab graph | 1.75 |" in text
+    assert "| other | - |" in text
+    assert text.index("1.75") < text.index("7.00")
+    assert "1.50" not in text
+    assert "9.00" not in text
+    (panel,) = tables.panels(lines[1]).values()
+    assert [speed.name for speed in panel] == ["curvlab graph", "other"]
+    assert plots.throughput({"mlp": panel}).axes[0].get_title(loc="left") == "mlp"
+    assert tables.tables(tmp_path / "nothing") == tables.MISSING
 
 
 def test_growth_of_memory_is_that_of_the_job_in_a_fresh_process(monkeypatch):
