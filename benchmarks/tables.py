@@ -94,7 +94,7 @@ def steps(found: Record) -> list[str]:
         return text + (f", {error:.1%}" if error else "")
 
     return [
-        f"A training step of the demo with each diagnostic in gradients of all data, and median errors, {conditions(found)}:",
+        f"A training step of the demo with each diagnostic, in gradients, and median errors, {conditions(found)}:",
         grid(found, "candidate", "b", heads, cell),
     ]
 
