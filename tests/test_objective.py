@@ -1231,6 +1231,9 @@ def test_refusal(name):
 
 OWN_TESTS = {"linalg", "claims", "problems", "measurement", "runs", "plots", "report", "cli", "__init__", "__main__"}
 OWN_TESTS |= {
+    "linearize",
+    "gradient_graph",
+    "throughput",
     "methods",
     "flow",
     "trained",
@@ -1262,7 +1265,7 @@ def test_every_raise_has_a_refusal():
         if file.relative_to(PACKAGE).parts[0].removesuffix(".py") in OWN_TESTS:
             continue
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Raise):
+            if isinstance(node, ast.Raise) and node.exc is not None:  # passing on is no refusal
                 lines = range(node.lineno, node.end_lineno + 1)
                 if not any((str(file), line) in reached for line in lines):
                     missing.append(f"{file.relative_to(PACKAGE)}:{node.lineno}")

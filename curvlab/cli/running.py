@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-
+from ..command_line import run_options
 from ..problems.presets import Experiment
-from ..problems.studies import Scale, preset, study
 from ..runs import Run
-from .text import taken_scale, verdict_table
+from .text import verdict_table
 
 
 def run_command(arguments: list[str]) -> int:
     name = "edge-of-stability"
     if arguments and not arguments[0].startswith("-"):
         name, *arguments = arguments
-    options = parsed(name, *arguments)
+    options = run_options(name, *arguments)
     if options.resume and options.out is None:
         raise ValueError("--resume goes on with a run: give its folder by --out")
     folder = options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -35,26 +32,6 @@ def run_command(arguments: list[str]) -> int:
             print(f"figure: {path}")
     print(f"run:    {folder}")
     return 130 if interrupted else 0
-
-
-def parsed(name: str, *arguments: str) -> Any:
-    """The options of a command line: `experiment`, `out`, `checkpoint_every`, `resume`."""
-    given = taken_scale(arguments)
-    base = preset(name, given)
-
-    @dataclasses.dataclass(frozen=True)
-    class Options:
-        experiment: Annotated[Experiment, tyro.conf.OmitArgPrefixes] = base
-        scale: Scale = given
-        """paper: the paper's model, data and lengths, which need its data set and a GPU."""
-        out: Path | None = None
-        """Folder of the run; default runs/PRESET-TIME."""
-        checkpoint_every: int = 0
-        """Save the state of training every so many steps, so that a killed run can go on; 0 for never."""
-        resume: bool = False
-        """Go on with the run in --out where its last checkpoint is."""
-
-    return tyro.cli(Options, args=arguments, prog=f"curvlab run {name}", description=study(name, given).about)
 
 
 def _train_all(experiment: Experiment, folder: Path, keep: dict[str, Any]) -> tuple[list[Run], bool]:

@@ -1,20 +1,12 @@
-"""Tables on the screen, and the one option that is read before the others."""
+"""Tables on the screen."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..claims import Verdict
-    from ..problems.studies import Scale
-
-
-def taken_scale(arguments: Sequence[str]) -> Scale:
-    """What --scale says, which settles the defaults of all other options; they parse it again and refuse nonsense."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    return "paper" if ("--scale", "paper") in pairwise(words) else "small"
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

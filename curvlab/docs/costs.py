@@ -7,8 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from ..cli import running, sweeping
-from ..cli.text import taken_scale
+from ..command_line import run_options, sweep_asked
 from ..problems.presets import Experiment, parse_diagnostics, parse_options, vary
 from ..problems.registry import canonical
 from ..problems.rows import Study
@@ -40,8 +39,9 @@ def asked(command: str) -> tuple[Study, Experiment, tuple[str, ...]]:
     """The study of a command, the base of its rows with the command's options, and its rows."""
     _, verb, *arguments = shlex.split(command)
     if verb == "run":
-        return study(arguments[0], taken_scale(arguments)), running.parsed(*arguments).experiment, ("",)
-    sweep = sweeping.parsed(*arguments)
+        options = run_options(*arguments)
+        return study(arguments[0], options.scale), options.experiment, ("",)
+    sweep = sweep_asked(*arguments)
     return sweep.study, sweep.base or sweep.study.base, sweep.labels
 
 
@@ -49,10 +49,10 @@ def runs(command: str) -> Iterator[tuple[Experiment, int]]:
     """The experiments of a command with one batch size each, and how often each is run."""
     _, verb, *arguments = shlex.split(command)
     if verb == "run":
-        base = running.parsed(*arguments).experiment
+        base = run_options(*arguments).experiment
         yield from ((vary(base, "batch_size", str(b)), 1) for b in base.batch_size)
         return
-    sweep = sweeping.parsed(*arguments)
+    sweep = sweep_asked(*arguments)
     for label in sweep.labels:
         base = sweep.study.experiment(label, sweep.base)
         grid, times = sweep.axes(label), len(sweep.seeds)

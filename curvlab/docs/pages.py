@@ -45,7 +45,7 @@ def find(name: str) -> str:
         return _claim(name)
     experiments = {key.replace("-", "_"): key for key in [*studies(), *studies("paper")]}
     if name in experiments:
-        from .figures import about  # which knows the command line
+        from .figures import about  # which loads what sweeps need
 
         return about(experiments[name])
     known = [name for group in contents().values() for name in group]
