@@ -104,6 +104,7 @@ def test_products_of_engines_and_peers_are_compared(tmp_path):
             assert 0 < spread["low"] <= spread["median"] <= spread["high"]
 
 
+@pytest.mark.slow
 def test_norms_of_per_example_gradients_are_compared(tmp_path):
     run("bench_per_example", tmp_path)
     (record,) = records(tmp_path, "bench_per_example")
@@ -115,6 +116,34 @@ def test_norms_of_per_example_gradients_are_compared(tmp_path):
         assert row["difference"] < 1e-4
         assert row["product_ratio"]["median"] > 0
         assert row["peak_bytes"] is not None
+
+
+@pytest.mark.slow
+def test_solvers_are_compared_along_a_trajectory(tmp_path):
+    run("bench_eigsh", tmp_path)
+    (record,) = records(tmp_path, "bench_eigsh")
+    check(record, "bench_eigsh")
+    found = {(row["k"], row["solver"]): row for row in record["results"]}
+    names = {"curvlab cold", "curvlab tracked", "scipy cold", "scipy warm", "lobpcg cold", "lobpcg warm"}
+    assert set(found) >= {(k, name) for k in (1, 5) for name in names}
+    for (k, name), row in found.items():
+        assert row["products"]["median"] >= k
+        assert row["gradients"]["median"] > 0
+        if name.startswith("curvlab"):
+            assert row["residual"] <= 1.01e-2
+            assert row["value_error"] < 1e-2
+    assert found[1, "curvlab tracked"]["products"]["median"] < found[1, "curvlab cold"]["products"]["median"]
+
+
+def test_memory_is_measured_against_examples_and_chunk(tmp_path):
+    run("bench_memory", tmp_path)
+    (record,) = records(tmp_path, "bench_memory")
+    check(record, "bench_memory")
+    rows = record["results"]
+    assert {(row["n"], row["chunk_size"]) for row in rows} == {(256, 64), (512, 64), (512, 128)}
+    assert all(row["engine"] == "graph" for row in rows)
+    assert all(row["samples"] == [row["peak_bytes"]] for row in rows)
+    assert all(row["peak_bytes"] > 0 for row in rows)
 
 
 @pytest.mark.slow
