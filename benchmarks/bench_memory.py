@@ -2,8 +2,8 @@
 
 An mlp 64-512-512-10 with tanh on synthetic inputs, cross-entropy, with a budget of 64 MiB: at one chunk size for N from 4096
 to 65536, and at one N for chunks from 256 to 4096. What grows in a fresh process during the gradient and two products, the
-median of three processes; the data lie in memory before. The budget bounds the graphs that are kept, so that the peak must not
-grow with N.
+median of three processes; the data lie in memory before. The budget bounds the graphs that are kept, so that the peak must
+not grow with N.
 
     python benchmarks/bench_memory.py [--quick] [--rounds 3] [--device cuda] [--records FOLDER]
 """
