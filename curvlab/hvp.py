@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -134,18 +136,20 @@ class HessianProducts:
         L = self.objective
         if self.kept:
             self.value_and_gradient()
+        if not V.shape[1]:
+            return torch.zeros_like(V)
+        columns: list[Tensor] = []
+        product: Callable[[Tensor], Tensor]
         with L.measuring(self.constants):
-            total = torch.zeros_like(V)
-            if not V.shape[1]:
-                return total
             for i, chunk in enumerate(self.chunks):
                 if self.engine == "forward_over_reverse":
-                    columns = [self._jvp_of_gradient(L.place(chunk), v) for v in V.T]
+                    product = partial(self._jvp_of_gradient, L.place(chunk))
                 else:
-                    point = self._points[i] if i < self.kept else self._at(chunk, check=i == 0)
-                    columns = [point.product(v) for v in V.T]
-                total += torch.stack(columns, 1)
-        return total / self.size
+                    product = (self._points[i] if i < self.kept else self._at(chunk, check=i == 0)).product
+                found = [product(v) for v in V.T]
+                columns = [a.add_(b) for a, b in zip(columns, found, strict=True)] if columns else found
+        total = columns[0][:, None] if len(columns) == 1 else torch.stack(columns, 1)
+        return total.div_(self.size)
 
     def _chosen(self, engine: Engine) -> Engine:
         """The engine to use: a recording where it was asked for and can be made."""
