@@ -75,7 +75,8 @@ class HessianProducts:
                 "'double_backward'"
             )
         self.objective = objective
-        self.w = objective.point(w)
+        with torch.inference_mode(False):  # a copy that can be differentiated
+            self.w = objective.point(w)
         self.constants = objective.constants()
         self._asked, self._batch, self._listens = engine, batch, listens
         self._recordings = recordings(objective)
@@ -120,17 +121,17 @@ class HessianProducts:
 
     def _built(self) -> tuple[Tensor, Tensor]:
         L = self.objective
-        value = torch.zeros((), dtype=torch.float64, device=L.device)
-        gradient = torch.zeros(L.num_params, dtype=L.dtype, device=L.device)
+        values, gradient = [], torch.empty(0)
         owners, room = layers_of(L) if self._listens else None, L.memory / 4
         with L.measuring(self.constants):
             for i, chunk in enumerate(self.chunks):
                 point = self._at(chunk, owners if i < self.kept and room > 0 else None, check=i == 0)
-                value, gradient = value + point.value, gradient + point.gradient
+                values.append(point.value)
+                gradient = gradient.add_(point.gradient) if i else point.gradient
                 if i < self.kept:
                     self._points.append(point)
                     room -= point.capture.nbytes if point.capture else 0
-        return value / self.size, gradient / self.size
+        return torch.stack(values).sum() / self.size, gradient.div_(self.size)
 
     def _product(self, V: Tensor) -> Tensor:
         L = self.objective
@@ -178,7 +179,7 @@ class HessianProducts:
     def _at(self, chunk: Chunk, owners: dict[str, nn.Module] | None = None, *, check: bool) -> ChunkGradient:
         """The gradient of a chunk, and what its products need."""
         L = self.objective
-        chunk, params = L.place(chunk), L.leaves_at(self.w)
+        chunk, params = L.place(chunk), [p.detach().requires_grad_() for p in L.split(self.w)]  # w is a copy of our own
         if self.engine in ("traced", "compiled"):
             find = self._recordings.compile if self.engine == "compiled" else self._recordings.of
             point = TracedGradient(L, params, chunk, find(chunk), self.constants)
