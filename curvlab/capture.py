@@ -59,14 +59,13 @@ class Capture:
 
     def parts(self, deltas: list[Tensor | None]) -> tuple[list[Part], set[nn.Module | None]]:
         """Example gradients from the gradients at `edges`, and the layers that they are of."""
-        places, names = places_of(self._L), {m: name for name, m in self._L.model.named_modules()}
+        places = places_of(self._L)
         parts: list[Part] = []
         used: set[nn.Module | None] = set()
         for module, delta in zip(self.modules, deltas, strict=True):
             if delta is not None and len(delta) == self._count:
-                prefix = f"{names[module]}." if names[module] else ""
-                mine = [n for n, _ in module.named_parameters(recurse=False) if prefix + n in self._owners]
-                parts.append(part(module, self._kept[module], delta, {n: places[prefix + n] for n in mine}))
+                own = {name.rpartition(".")[2]: places[name] for name, m in self._owners.items() if m is module}
+                parts.append(part(module, self._kept[module], delta, own))
                 used.add(module)
         return parts, used
 

@@ -163,6 +163,10 @@ class Recordings:
             self.compiled[key] = trace.compiled()
         return self.compiled[key]
 
+    def has(self, chunk: Chunk) -> bool:
+        """Whether there is a recording for a chunk."""
+        return self.made.get(_key(chunk)) is not None
+
     def of(self, chunk: Chunk) -> Linearized:
         """The recording of a chunk, which was made."""
         trace = self.made[_key(chunk)]

@@ -23,16 +23,17 @@ class HessianProducts:
     Engines (all agree to rounding):
 
     - ``"graph"``: the gradient is computed once with its graph, which is kept; a product is one backward pass through
-      it, about 1.4-2.2 gradients. Also gives the loss and the gradient. Chunks whose graphs do not fit in half of the
+      it, about 1.9-2.5 gradients. Also gives the loss and the gradient. Chunks whose graphs do not fit in half of the
       objective's `memory` are rebuilt, once for each block of vectors.
     - ``"traced"``: the same operations, recorded once for each shape of a chunk (`curvlab.linearize`) and repeated
-      without autograd at all later points: a product of a small model in 0.85 of the time, of a large one in the same,
-      and mostly the same bits. Recording takes 0.3-5 s. Where a model cannot be recorded (control flow that depends on
-      data, batch statistics), it is ``"graph"``, and one line of the log "curvlab" says why.
+      without autograd at all later points: a product in 0.92-1.09 of the graph's time, least for small models and
+      transformers, after a first part that takes 0.1-0.4 gradients more; mostly the same bits. Recording takes 0.3-5 s.
+      Where a model cannot be recorded (control flow that depends on data, batch statistics), it is ``"graph"``, and one
+      line of the log "curvlab" says why.
     - ``"compiled"``: the recording through `torch.compile`: 0.8-0.9 of the graph's time on a CPU, after 10-150 s of
       compiling.
-    - ``"double_backward"``: as graph, with nothing kept: 2.4-3.5 gradients, memory of one chunk.
-    - ``"forward_over_reverse"``: forward-mode derivative of the gradient (`torch.func.jvp` of `torch.func.grad`): 2-3
+    - ``"double_backward"``: as graph, with nothing kept: 3.1-3.7 gradients, memory of one chunk.
+    - ``"forward_over_reverse"``: forward-mode derivative of the gradient (`torch.func.jvp` of `torch.func.grad`): 3-6
       gradients, no kept graph; needs forward-mode rules, which some layers (LSTM) lack.
     - ``"auto"``: ``"graph"``, which becomes ``"double_backward"`` chunk by chunk where memory ends. `curvlab bench hvp`
       compares the engines on a model of one's own.
@@ -121,7 +122,7 @@ class HessianProducts:
 
     def _built(self) -> tuple[Tensor, Tensor]:
         L = self.objective
-        values, gradient = [], torch.empty(0)
+        points, values, gradient = [], [], torch.empty(0)
         owners, room = layers_of(L) if self._listens else None, L.memory / 4
         with L.measuring(self.constants):
             for i, chunk in enumerate(self.chunks):
@@ -129,8 +130,9 @@ class HessianProducts:
                 values.append(point.value)
                 gradient = gradient.add_(point.gradient) if i else point.gradient
                 if i < self.kept:
-                    self._points.append(point)
+                    points.append(point)
                     room -= point.capture.nbytes if point.capture else 0
+        self._points = points  # all of them or, after an error, none
         return torch.stack(values).sum() / self.size, gradient.div_(self.size)
 
     def _product(self, V: Tensor) -> Tensor:
@@ -180,7 +182,7 @@ class HessianProducts:
         """The gradient of a chunk, and what its products need."""
         L = self.objective
         chunk, params = L.place(chunk), [p.detach().requires_grad_() for p in L.split(self.w)]  # w is a copy of our own
-        if self.engine in ("traced", "compiled"):
+        if self.engine in ("traced", "compiled") and self._recordings.has(chunk):  # others may have dropped it
             find = self._recordings.compile if self.engine == "compiled" else self._recordings.of
             point = TracedGradient(L, params, chunk, find(chunk), self.constants)
             if not check or still_true(point, L, params, chunk):

@@ -112,6 +112,16 @@ def test_a_number_of_python_that_changes_drops_it(traces, caplog):
     assert "has changed; the trace was dropped" in caplog.text
 
 
+def test_products_of_an_earlier_point_outlive_a_dropped_recording():
+    model = Tempered()
+    L = cl.Objective(model, "cross_entropy", mlp()[1], chunk_size=3, memory=1)  # nothing is kept
+    V = block(L.num_params)
+    earlier = HessianProducts(L, L.params(), engine="traced")
+    model.temperature = 2.0
+    assert products(L, "traced")[0] == "graph"
+    assert torch.equal(earlier.matmat(V), HessianProducts(L, L.params(), engine="graph").matmat(V))
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()
