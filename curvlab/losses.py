@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cross_entropy import CLASSES, many_classes
+
 Loss = Callable[[Any, Any], Tensor]
 
 
@@ -22,6 +24,8 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
         ValueError: outputs that are not (B, C). Sequences need a loss of one's own, which says how tokens are averaged.
     """
     _two_dimensional(outputs, "cross_entropy")
+    if outputs.shape[1] >= CLASSES and targets.ndim == 1:
+        return many_classes(outputs, targets)
     return F.cross_entropy(outputs, targets, reduction="none")
 
 
@@ -95,19 +99,34 @@ class Averaged(nn.Module):
                     f"{self.__name__} got outputs of shape {tuple(outputs.shape)} and targets of shape "
                     f"{tuple(targets.shape)}; expected (B, T, V) and (B, T)"
                 )
-            outputs, targets = outputs[:, : outputs.shape[1] - self.shift].mT, targets[:, self.shift :]
+            # All of the outputs stay, so that nothing of their size is copied; the last ones have no target.
+            ends = targets.new_full((len(targets), self.shift), self.criterion.ignore_index)
+            outputs, targets = outputs.mT, torch.cat([targets[:, self.shift :], ends], 1)
         elif not self.by_class and outputs.shape != targets.shape:
             raise ValueError(
                 f"{self.__name__} got outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}; "
                 "expected equal shapes, which torch would broadcast to another loss"
             )
-        own = {name: buffer.to(outputs) for name, buffer in self.criterion.named_buffers()}  # class weights
-        found = torch.func.functional_call(self.criterion, own, (outputs, targets))
+        found = self._elements(outputs, targets)
         found = found.reshape(len(found), -1)
         if self.by_class and not targets.is_floating_point():
             weights = self._of_targets(targets)
             return found.sum(1) / torch.where(weights > 0, weights, 1.0).to(found)
         return found.sum(1) if self.batch_mean else found.mean(1)
+
+    def _elements(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """What the criterion averages, in the shape that it has before."""
+        if self._by_rows(outputs, targets):
+            rows = outputs.movedim(1, -1).reshape(-1, outputs.shape[1])
+            classes = torch.where(targets == self.criterion.ignore_index, 0, targets)
+            found = many_classes(rows, classes.flatten()).view(targets.shape)
+            return found * self._each(targets).to(found)
+        own = {name: buffer.to(outputs) for name, buffer in self.criterion.named_buffers()}  # class weights
+        return torch.func.functional_call(self.criterion, own, (outputs, targets))
+
+    def _by_rows(self, outputs: Tensor, targets: Tensor) -> bool:
+        plain = isinstance(self.criterion, nn.CrossEntropyLoss) and not self.criterion.label_smoothing
+        return plain and not targets.is_floating_point() and outputs.ndim > 1 and outputs.shape[1] >= CLASSES
 
     def weights(self, batch: Any) -> Tensor | None:
         """(B,) what the examples of a batch (inputs, targets) weigh; None if all weigh the same."""
@@ -116,10 +135,12 @@ class Averaged(nn.Module):
         return self._of_targets(batch[1][:, self.shift :] if self.shift and batch[1].ndim == 2 else batch[1])
 
     def _of_targets(self, targets: Tensor) -> Tensor:
-        kept = targets != self.criterion.ignore_index
-        weight = self.criterion.weight
-        each = kept if weight is None else kept * weight.to(targets.device)[torch.where(kept, targets, 0)]
-        return each.reshape(len(targets), -1).sum(1)
+        return self._each(targets).reshape(len(targets), -1).sum(1)
+
+    def _each(self, targets: Tensor) -> Tensor:
+        """What each target weighs: its class weight, or 1, and 0 if it is ignored."""
+        kept, weight = targets != self.criterion.ignore_index, self.criterion.weight
+        return kept if weight is None else kept * weight.to(targets.device)[torch.where(kept, targets, 0)]
 
     def unweighted(self, targets: Tensor) -> bool:
         """Whether this is plain `cross_entropy` for such targets: a class each, none of them ignored."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -496,19 +497,20 @@ class Objective:
             return torch.stack([self.join(row) for row in rows])
 
     def _saved_bytes(self, examples: int) -> int:
-        seen: dict[int, int] = {}
+        alive: weakref.WeakSet[_Saved] = weakref.WeakSet()  # what was saved on the way and is not needed again is freed
 
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
+        def pack(tensor: Tensor) -> _Saved:
+            saved = _Saved(tensor)
+            alive.add(saved)
+            return saved
 
-        with self.measuring(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            params = self.leaves_at()
-            chunk = self.first(examples)
-            self.grads(self.losses(params, chunk).sum(), params, create_graph=True)
+        with self.measuring(), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+            params, chunk = self.leaves_at(), self.first(examples)
+            kept = self.grads(self.losses(params, chunk).sum(), params, create_graph=True)
         own = {p.untyped_storage().data_ptr() for p in params}
-        return sum(size for pointer, size in seen.items() if pointer not in own)
+        storages = {s.data_ptr(): s.nbytes() for s in (saved.tensor.untyped_storage() for saved in alive)}
+        del kept  # until here it held the graph
+        return sum(size for pointer, size in storages.items() if pointer not in own)
 
     def first(self, count: int) -> Chunk:
         """The first examples, at most `count`, as a chunk."""
@@ -538,6 +540,13 @@ class Objective:
             return None
         s = weights.to(self.device, torch.float64) / self.mean_weight
         return None if bool((s == 1).all()) else s.to(self.dtype)
+
+
+@dataclass(eq=False)
+class _Saved:
+    """A tensor that a node of autograd's graph keeps."""
+
+    tensor: Tensor
 
 
 class _Evaluation(nn.Module):

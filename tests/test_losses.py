@@ -14,9 +14,13 @@ from types import MethodType
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import EAGER
 from torch import nn
 
 import curvlab as cl
+from curvlab import losses
+from curvlab.cross_entropy import many_classes
+from curvlab.hvp import HessianProducts
 from curvlab.unwrap import unwrap, unwrap_optimizer
 
 
@@ -80,6 +84,13 @@ AVERAGING = {
 }
 
 
+@pytest.fixture(params=[losses.CLASSES, 2], ids=["few classes", "many classes"])
+def threshold(request, monkeypatch):
+    """From how many classes on the cross-entropy is `many_classes`."""
+    monkeypatch.setattr(losses, "CLASSES", request.param)
+
+
+@pytest.mark.usefixtures("threshold")
 @pytest.mark.parametrize("sizes", [[10], [3, 7], [1, 1, 8], [4, 4, 2]], ids=str)
 @pytest.mark.parametrize("name", AVERAGING)
 def test_a_loss_that_averages_is_measured_as_it_averages_over_all_data(name, sizes):
@@ -118,6 +129,7 @@ def test_a_plain_cross_entropy_keeps_its_likelihood():
     assert cl.Objective(Net(), nn.CrossEntropyLoss(), (X, MASKED)).loss is not named.loss
 
 
+@pytest.mark.usefixtures("threshold")
 @pytest.mark.parametrize("shift", [0, 1])
 def test_the_mean_over_tokens(shift):
     model = Net("classes last")
@@ -133,6 +145,71 @@ def test_the_mean_over_tokens(shift):
     total = sum(L.live_losses(piece.batch) @ piece.weights for piece in L.pieces(size=3)) / L.size
     total.backward()
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), L.gradient())
+
+
+# -- many classes ------------------------------------------------------------------------------------------------------
+
+LABELS = torch.tensor([0, 3, 3, 1, 4, 2])
+
+
+@pytest.fixture
+def rows():
+    return seeded(6, 5).requires_grad_(), (0.1 + seeded(6, seed=1).square()).requires_grad_()
+
+
+def test_derivatives_of_many_classes(rows):
+    def function(z, g):
+        return many_classes(z, LABELS) * g
+
+    assert torch.autograd.gradcheck(function, rows, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, rows, check_fwd_over_rev=True)
+
+
+def test_third_derivatives_of_many_classes(rows):
+    def third(loss):
+        value = (loss(torch.tanh(rows[0]), LABELS) * rows[1]).sum()
+        gradient = torch.autograd.grad(value, rows, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in gradient), rows, create_graph=True)
+        return torch.autograd.grad(sum(h.sin().sum() for h in second), rows)
+
+    expected = third(lambda z, y: F.cross_entropy(z, y, reduction="none"))
+    torch.testing.assert_close(third(many_classes), expected, atol=1e-14, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("threshold")
+@pytest.mark.parametrize("engine", EAGER)
+@pytest.mark.parametrize("name", ["token", "next_token"])
+def test_products_and_example_gradients_of_tokens(name, engine):
+    L = cl.Objective(Net("classes last"), name, (X, PARTLY), chunk_size=4)
+
+    def loss(w):
+        z, y = torch.func.functional_call(L.model, L.unflatten(w), (X,)), PARTLY
+        z, y = (z[:, :-1], y[:, 1:]) if name == "next_token" else (z, y)
+        return F.cross_entropy(z.reshape(-1, CLASSES), y.reshape(-1))
+
+    V = seeded(L.num_params, 3, seed=9)
+    found = HessianProducts(L, L.params(), engine=engine)
+    assert found.engine == engine
+    expected = torch.func.jacfwd(torch.func.grad(loss))(L.params()) @ V
+    torch.testing.assert_close(found.matmat(V), expected, atol=1e-13, rtol=1e-12)
+    at = cl.measure(L, ["gradient_second_moment_trace"])
+    squares = L.example_gradients().square().sum(1).mean()
+    assert at["gradient_second_moment_trace"].value == pytest.approx(float(squares), rel=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["graph", "traced"])
+@pytest.mark.parametrize("loss", ["token", "next_token", "cross_entropy"])
+def test_one_tensor_of_the_size_of_the_logits_is_kept(loss, engine):
+    vocabulary, length = 4096, 1 if loss == "cross_entropy" else 8
+    model = nn.Sequential(nn.Embedding(50, 4), nn.Tanh(), nn.Linear(4, vocabulary))
+    tokens = torch.arange(6 * length).view(6, length) % 50
+    if length == 1:
+        model.insert(2, nn.Flatten())
+    L = cl.Objective(model, loss, (tokens, tokens[:, 0] if length == 1 else tokens), chunk_size=6)
+    logits = 4 * 6 * length * vocabulary
+    products = HessianProducts(L, L.params(), engine=engine)
+    products.value_and_gradient()
+    assert logits <= products.nbytes < 1.1 * logits
 
 
 @pytest.mark.parametrize("form", ["tuple", "mapping", "userdict", "object"])

@@ -335,8 +335,8 @@ def test_a_point_of_another_length_is_refused_when_the_operator_is_made(name):
 
 # As in DESIGN.md, lowest first: a file imports only from lower layers, or from its own folder.
 LAYERS = (
-    {"measurement", "losses", "guard", "layers", "linearize", "optional", "schedule", "timing", "unwrap"},
-    {"batches"},
+    {"measurement", "cross_entropy", "guard", "layers", "linearize", "optional", "schedule", "timing", "unwrap"},
+    {"losses", "batches"},
     {"linalg"},
     {"checks"},
     {"objective"},
