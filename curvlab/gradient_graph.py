@@ -4,7 +4,8 @@ the operations that are in it, which is made once for each shape of a chunk."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 
 from .batches import leaves, take, tree_map
 from .capture import Capture
+from .guard import out_of_memory
 from .linearize import Linearized, NotTraceable, linearize
 from .objective import Chunk, Objective
+from .replay import Replay, new_pool
 
+CAPTURES_ON = ("cuda",)  # devices on which recordings are replayed as graphs of the device's own
 SHAPES = 8  # recordings of one objective
 STRIKES = 3  # points at which a recording was not the function any more, after which none is made
 _log = logging.getLogger("curvlab")
@@ -40,6 +44,10 @@ class ChunkGradient:
     def product(self, v: Tensor) -> Tensor:
         """H v, (P,) -> (P,)."""
         return self.objective.join(self.products(self.objective.split(v.contiguous())))
+
+    def products_of(self, rows: Tensor) -> Tensor:
+        """H v of several vectors at once, (K, P) -> (K, P)."""
+        return torch.func.vmap(self.product)(rows)
 
     def products(self, parts: list[Tensor]) -> list[Tensor]:
         raise NotImplementedError
@@ -82,22 +90,69 @@ class GradientGraph(ChunkGradient):
 class TracedGradient(ChunkGradient):
     """By a recording, without autograd."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        params: list[Tensor],
-        chunk: Chunk,
-        trace: Linearized,
-        constants: dict[str, Tensor],
-    ) -> None:
+    def __init__(self, objective: Objective, inputs: list[Tensor], trace: Linearized) -> None:
         self.objective, self._second = objective, trace.second
         with torch.no_grad():
-            values, self._needed = trace.first(*params, *_inputs(chunk), *constants.values())
+            values, self._needed = trace.first(*inputs)
         self.losses, *self.grads = values
 
     def products(self, parts: list[Tensor]) -> list[Tensor]:
         with torch.no_grad():
             return self._second(*self._needed, *parts)
+
+
+class Captured:
+    """Both parts of a recording as graphs of the device, which compute where they once were captured.
+
+    Attributes:
+        holder: the point whose values lie there now, as a weak reference.
+    """
+
+    def __init__(self, trace: Linearized, inputs: Sequence[Tensor], device: torch.device) -> None:
+        self._trace, self._pool = trace, new_pool(device)
+        self._second: dict[int, Replay] = {}
+        self.holder: Callable[[], object] = lambda: None
+        with torch.no_grad():
+            self.first = Replay(trace.first, inputs, self._pool)
+
+    def second(self, parts: list[Tensor], count: int = 0) -> list[Tensor]:
+        """Products with vectors in the shapes of parameters, or with `count` of them in a first dimension."""
+        if count not in self._second:
+            needed = self.first.outputs[1]
+
+            def products(*parts: Tensor) -> list[Tensor]:
+                return self._trace.second(*needed, *parts)
+
+            self._second[count] = Replay(torch.func.vmap(products) if count else products, parts, self._pool)
+        return self._second[count](*parts)
+
+
+class CapturedGradient(ChunkGradient):
+    """By a recording that is replayed. Points share the memory that it computes in: the one that is asked takes it over."""
+
+    def __init__(self, objective: Objective, inputs: list[Tensor], captured: Captured) -> None:
+        self.objective, self._inputs, self._captured = objective, inputs, captured
+        self._hold()
+        self.losses, *self.grads = [value.clone() for value in captured.first.outputs[0]]
+
+    def product(self, v: Tensor) -> Tensor:
+        return self.objective.join(self._second(self.objective.split(v.contiguous())))
+
+    def products_of(self, rows: Tensor) -> Tensor:
+        L, count = self.objective, len(rows)
+        parts = [part.reshape(count, *shape) for part, shape in zip(rows.split(L.sizes, 1), L.shapes, strict=True)]
+        return torch.cat([part.reshape(count, -1) for part in self._second(parts, count)], 1)
+
+    def _second(self, parts: list[Tensor], count: int = 0) -> list[Tensor]:
+        with torch.no_grad():
+            self._hold()
+            return self._captured.second(parts, count)
+
+    def _hold(self) -> None:
+        if self._captured.holder() is not self:
+            with torch.no_grad():
+                self._captured.first(*self._inputs)
+            self._captured.holder = weakref.ref(self)
 
 
 @dataclass
@@ -107,10 +162,14 @@ class Recordings:
     Attributes:
         made: None where a recording cannot be made.
         strikes: points at which a recording was not the function any more.
+        captured: by recording and place among the data, for each has the values of one chunk; None once that failed.
+        blocks: how many vectors at once were fastest, by engine and number of vectors.
     """
 
     made: dict[Hashable, Linearized | None] = field(default_factory=dict)
     compiled: dict[Hashable, Linearized] = field(default_factory=dict)
+    captured: dict[Hashable, Captured] | None = field(default_factory=dict)
+    blocks: dict[Hashable, int] = field(default_factory=dict)
     strikes: int = 0
 
     def find(self, L: Objective, w: Tensor, chunk: Chunk, constants: dict[str, Tensor]) -> Linearized | None:
@@ -123,6 +182,29 @@ class Recordings:
                 self.made[key] = None
                 _log.warning("Hessian-vector products go through autograd's graph: no trace, %s", reason)
         return self.made.get(key)
+
+    def gradient(
+        self, L: Objective, params: list[Tensor], chunk: Chunk, constants: dict[str, Tensor], *, kept: bool, compiles: bool
+    ) -> ChunkGradient:
+        """By the recording of a chunk, which was made: compiled on first use, or captured where the device can do that."""
+        key, trace = _key(chunk), self.of(chunk)
+        inputs = [*params, *_inputs(chunk), *constants.values()]
+        if compiles:
+            if key not in self.compiled:
+                self.compiled[key] = trace.compiled()
+            trace = self.compiled[key]
+        elif self.captured is not None and L.device.type in CAPTURES_ON:
+            place = key, chunk.positions.start if kept else None
+            try:
+                if place not in self.captured:
+                    self.captured[place] = Captured(trace, inputs, L.device)
+                return CapturedGradient(L, inputs, self.captured[place])
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                self.captured = None
+                _log.warning("Hessian-vector products are replayed operation by operation: no capture, %s", error)
+        return TracedGradient(L, inputs, trace)
 
     def _record(self, L: Objective, params: list[Tensor], chunk: Chunk, constants: dict[str, Tensor]) -> Linearized:
         if L.mode != "eval" or L.coupled:
@@ -148,20 +230,14 @@ class Recordings:
         self, trace: Linearized, L: Objective, params: list[Tensor], chunk: Chunk, constants: dict[str, Tensor]
     ) -> None:
         """Loss, gradient and the second of two products against autograd."""
-        found, true = TracedGradient(L, params, chunk, trace, constants), GradientGraph(L, params, chunk)
+        inputs = [*params, *_inputs(chunk), *constants.values()]
+        found, true = TracedGradient(L, inputs, trace), GradientGraph(L, params, chunk)
         v = torch.linspace(-1, 1, L.num_params, dtype=L.dtype, device=L.device).sin()
         found.product(v)
         pairs = [(found.losses, true.losses), (found.gradient, true.gradient), (found.product(v), true.product(v))]
         eps = torch.finfo(L.dtype).eps
         if not all(bool((a - b).norm() <= 1e3 * eps * b.norm()) for a, b in pairs):
             raise NotTraceable("the recorded operations gave other numbers than the model")
-
-    def compile(self, chunk: Chunk) -> Linearized:
-        """The recording of a chunk, compiled on first use."""
-        key, trace = _key(chunk), self.of(chunk)
-        if key not in self.compiled:
-            self.compiled[key] = trace.compiled()
-        return self.compiled[key]
 
     def has(self, chunk: Chunk) -> bool:
         """Whether there is a recording for a chunk."""
@@ -176,8 +252,8 @@ class Recordings:
     def refuse(self) -> None:
         """Forget recordings that are not the function any more."""
         self.strikes += 1
-        self.made.clear()
-        self.compiled.clear()
+        for made in (self.made, self.compiled, self.captured or {}):
+            made.clear()
         _log.warning(
             "the loss is another function than when its Hessian-vector products were traced: something that it reads is no "
             "tensor, and has changed; the trace was dropped"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -10,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, layers_of
-from .gradient_graph import ChunkGradient, GradientGraph, TracedGradient, recordings, still_true
+from .gradient_graph import CAPTURES_ON, ChunkGradient, GradientGraph, recordings, still_true
 from .objective import Chunk, Objective
+from .timing import synchronize
 
 Engine = Literal["auto", "graph", "traced", "compiled", "double_backward", "forward_over_reverse"]
+Product = Callable[[Tensor], Tensor]
 ENGINES: tuple[Engine, ...] = ("graph", "traced", "compiled", "double_backward", "forward_over_reverse")
+BLOCKS_ON = ("cuda",)  # devices on which several vectors at once may be faster; on a CPU they are not
+MANY = 1000  # products, from which on a recording is worth its seconds on a GPU
 
 
 class HessianProducts:
@@ -35,8 +41,11 @@ class HessianProducts:
     - ``"double_backward"``: as graph, with nothing kept: 3.1-3.7 gradients, memory of one chunk.
     - ``"forward_over_reverse"``: forward-mode derivative of the gradient (`torch.func.jvp` of `torch.func.grad`): 3-6
       gradients, no kept graph; needs forward-mode rules, which some layers (LSTM) lack.
-    - ``"auto"``: ``"graph"``, which becomes ``"double_backward"`` chunk by chunk where memory ends. `curvlab bench hvp`
-      compares the engines on a model of one's own.
+    - ``"auto"``: ``"graph"``, which becomes ``"double_backward"`` chunk by chunk where memory ends; on a GPU ``"traced"``
+      where 1000 products or more are expected, as in a run. `curvlab bench hvp` compares engines on one's own model.
+
+    On a GPU a recording is captured as CUDA graphs, if it can be, so that no kernel is launched by itself; and of several
+    vectors so many are multiplied at once as are fastest, which is timed once.
 
     A recording holds for the operations that it has. If the model or the loss reads a number of Python that changes from
     step to step, the losses of two examples, evaluated anew at each point, are not the recording's, which is dropped.
@@ -48,6 +57,7 @@ class HessianProducts:
         batch: indices of the examples whose mean loss is differentiated; default all.
         listens: whether the pass that builds a kept graph also captures what example gradients need, as far as that fits in
             a quarter of the objective's `memory`; see `captures`.
+        expected: products to come with the objective, at this point and later ones, for "auto"; default few.
 
     Attributes:
         engine: the engine in use.
@@ -66,6 +76,7 @@ class HessianProducts:
         engine: Engine = "auto",
         batch: Tensor | None = None,
         listens: bool = False,
+        expected: int | None = None,
     ) -> None:
         if engine not in ("auto", *ENGINES):
             raise ValueError(f"engine is {engine!r}; expected 'auto' or one of {ENGINES}")
@@ -80,6 +91,7 @@ class HessianProducts:
             self.w = objective.point(w)
         self.constants = objective.constants()
         self._asked, self._batch, self._listens = engine, batch, listens
+        self._many = expected is not None and expected >= MANY
         self._recordings = recordings(objective)
         self._cut()
         self.size = sum(chunk.size for chunk in self.chunks)
@@ -87,12 +99,12 @@ class HessianProducts:
     def value_and_gradient(self) -> tuple[Tensor, Tensor]:
         """L(w), float64 scalar, and ∇L(w), (P,); builds the kept graphs on first use."""
         if self._value_and_gradient is None:
-            self._value_and_gradient = self.objective.fitting(self._built, self._cut)
+            self._value_and_gradient = self.objective.fitting(self._built, self._forget)
         return self._value_and_gradient
 
     def matmat(self, V: Tensor) -> Tensor:
         """H(w) @ V, (P, K) -> (P, K)."""
-        return self.objective.fitting(lambda: self._product(V), self._cut)
+        return self.objective.fitting(lambda: self._product(V), self._forget)
 
     @property
     def reason(self) -> str:
@@ -100,10 +112,11 @@ class HessianProducts:
         chunks = len(self.chunks)
         if self.engine in ("double_backward", "forward_over_reverse"):
             return f"{self.engine} was asked for, and keeps nothing"
+        expected = f" on {self.objective.device.type} with {'many' if self._many else 'few'} products to come"
         if self._asked in ("traced", "compiled") and self.engine == "graph":
             why = f"{self._asked} was asked for, but nothing could be recorded (the log has the reason)"
         else:
-            why = "auto takes graph" if self._asked == "auto" else f"{self.engine} was asked for"
+            why = f"auto takes {self.engine}{expected}" if self._asked == "auto" else f"{self.engine} was asked for"
         rest = "" if self.kept == chunks else "; the others are rebuilt for each block of vectors"
         return f"{why}; half of {self.objective.memory / 2**20:.4g} MiB keeps {self.kept} of {chunks} chunks{rest}"
 
@@ -112,6 +125,10 @@ class HessianProducts:
         """What was heard of the layers while the graphs were built, a capture for each chunk that had room."""
         self.value_and_gradient()
         return [point.capture for point in self._points if point.capture is not None]
+
+    def _forget(self) -> None:
+        (self._recordings.captured or {}).clear()
+        self._cut()
 
     def _cut(self) -> None:
         """The data in chunks, with nothing computed."""
@@ -125,8 +142,8 @@ class HessianProducts:
         points, values, gradient = [], [], torch.empty(0)
         owners, room = layers_of(L) if self._listens else None, L.memory / 4
         with L.measuring(self.constants):
-            for i, chunk in enumerate(self.chunks):
-                point = self._at(chunk, owners if i < self.kept and room > 0 else None, check=i == 0)
+            for i in range(len(self.chunks)):
+                point = self._at(i, owners if i < self.kept and room > 0 else None)
                 values.append(point.value)
                 gradient = gradient.add_(point.gradient) if i else point.gradient
                 if i < self.kept:
@@ -142,22 +159,37 @@ class HessianProducts:
         if not V.shape[1]:
             return torch.zeros_like(V)
         columns: list[Tensor] = []
-        product: Callable[[Tensor], Tensor]
         with L.measuring(self.constants):
-            for i, chunk in enumerate(self.chunks):
-                if self.engine == "forward_over_reverse":
-                    product = partial(self._jvp_of_gradient, L.place(chunk))
-                else:
-                    product = (self._points[i] if i < self.kept else self._at(chunk, check=i == 0)).product
-                found = [product(v) for v in V.T]
+            for i in range(len(self.chunks)):
+                found = self._columns(*self._products_of_chunk(i), V)
                 columns = [a.add_(b) for a, b in zip(columns, found, strict=True)] if columns else found
         total = columns[0][:, None] if len(columns) == 1 else torch.stack(columns, 1)
         return total.div_(self.size)
 
+    def _products_of_chunk(self, i: int) -> tuple[Product, Product]:
+        """Products with one vector (P,), and with the rows of (K, P)."""
+        if self.engine == "forward_over_reverse":
+            one = partial(self._jvp_of_gradient, self.objective.place(self.chunks[i]))
+            return one, torch.func.vmap(one)
+        point = self._points[i] if i < self.kept else self._at(i)
+        return point.product, point.products_of
+
+    def _columns(self, one: Product, several: Product, V: Tensor) -> list[Tensor]:
+        size, blocks, key = 1, self._recordings.blocks, (self.engine, V.shape[1])
+        if V.shape[1] > 1 and V.device.type in BLOCKS_ON:
+            if key not in blocks:
+                blocks[key] = fastest_block(one, several, V)
+            size = blocks[key]
+        if size == 1:
+            return [one(v) for v in V.T]
+        return [h for rows in V.T.split(size) for h in several(rows)]
+
     def _chosen(self, engine: Engine) -> Engine:
         """The engine to use: a recording where it was asked for and can be made."""
+        if engine == "auto":
+            engine = "traced" if self._many and self.objective.device.type in CAPTURES_ON else "graph"
         if engine not in ("traced", "compiled"):
-            return "graph" if engine == "auto" else engine
+            return engine
         L, made = self.objective, self._recordings
         possible = all(made.find(L, self.w, L.place(chunk), self.constants) for chunk in self.chunks)
         return engine if possible else "graph"
@@ -170,7 +202,8 @@ class HessianProducts:
         return int(self.kept * each)
 
     def _recorded_bytes(self) -> int:
-        return max(self._recordings.of(chunk).nbytes for chunk in map(self.objective.place, self.chunks))
+        needed = max(self._recordings.of(chunk).nbytes for chunk in map(self.objective.place, self.chunks))
+        return 2 * needed if self.objective.device.type in CAPTURES_ON else needed  # with what a captured graph computes in
 
     def _room(self) -> int:
         """How many chunks may keep what products need, in half of the objective's memory."""
@@ -178,14 +211,14 @@ class HessianProducts:
             return int(self.objective.memory / 2 / max(1, self._recorded_bytes()))
         return self.objective.graphs_that_fit if self.engine == "graph" else 0
 
-    def _at(self, chunk: Chunk, owners: dict[str, nn.Module] | None = None, *, check: bool) -> ChunkGradient:
-        """The gradient of a chunk, and what its products need."""
+    def _at(self, i: int, owners: dict[str, nn.Module] | None = None) -> ChunkGradient:
+        """The gradient of chunk i, and what its products need."""
         L = self.objective
-        chunk, params = L.place(chunk), [p.detach().requires_grad_() for p in L.split(self.w)]  # w is a copy of our own
+        chunk, params = L.place(self.chunks[i]), [p.detach().requires_grad_() for p in L.split(self.w)]  # w is our own copy
         if self.engine in ("traced", "compiled") and self._recordings.has(chunk):  # others may have dropped it
-            find = self._recordings.compile if self.engine == "compiled" else self._recordings.of
-            point = TracedGradient(L, params, chunk, find(chunk), self.constants)
-            if not check or still_true(point, L, params, chunk):
+            kept, compiles = i < self.kept, self.engine == "compiled"
+            point = self._recordings.gradient(L, params, chunk, self.constants, kept=kept, compiles=compiles)
+            if i or still_true(point, L, params, chunk):
                 return point
             self._recordings.refuse()
             self.engine = "graph"
@@ -193,6 +226,32 @@ class HessianProducts:
 
     def _jvp_of_gradient(self, chunk: Chunk, v: Tensor) -> Tensor:
         L = self.objective
-        params = [p.detach() for p in L.leaves_at(self.w)]
+        params = L.split(self.w)
         gradient = torch.func.grad(lambda p: L.losses(p, chunk).sum())
         return L.join(torch.func.jvp(gradient, (params,), (L.split(v.contiguous()),))[1])
+
+
+def fastest_block(one: Product, several: Product, V: Tensor) -> int:
+    """How many columns of V (P, K) take least time each when they are multiplied at once: 1, 2, 4, ...; timed, so it varies.
+
+    Args:
+        one, several: products with a vector (P,), and with the rows of (k, P).
+    """
+    rows, best, least = V.T.contiguous(), 1, math.inf
+    for size in (2**i for i in range(V.shape[1].bit_length())):
+        product = partial(one, rows[0]) if size == 1 else partial(several, rows[:size])
+        try:
+            product()  # what is set up once does not count
+            synchronize(V.device)
+            started = time.perf_counter()
+            product()
+            synchronize(V.device)
+        except RuntimeError:  # no rule for several at once, or no memory
+            if size == 1:
+                raise
+            break
+        each = (time.perf_counter() - started) / size
+        if each >= least:
+            break
+        best, least = size, each
+    return best

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .capture import Capture
-from .hvp import Engine, HessianProducts
+from .hvp import MANY, Engine, HessianProducts
 from .linalg import LinearOperator
 from .linalg.probes import generator
 from .measurement import Measurement
@@ -188,7 +188,10 @@ class Snapshot:
     @property
     def _products(self) -> HessianProducts:
         def compute() -> HessianProducts:
-            return HessianProducts(self.objective, self.w, engine=self.engine, listens=self._listens)
+            expected = None if self.carry is None else MANY
+            return HessianProducts(
+                self.objective, self.w, engine=self.engine, listens=self._listens, expected=expected
+            )
 
         return self.shared("products", compute)
 

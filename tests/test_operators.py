@@ -335,7 +335,7 @@ def test_a_point_of_another_length_is_refused_when_the_operator_is_made(name):
 
 # As in DESIGN.md, lowest first: a file imports only from lower layers, or from its own folder.
 LAYERS = (
-    {"measurement", "cross_entropy", "guard", "layers", "linearize", "optional", "schedule", "timing", "unwrap"},
+    {"measurement", "cross_entropy", "guard", "layers", "linearize", "optional", "replay", "schedule", "timing", "unwrap"},
     {"losses", "batches"},
     {"linalg"},
     {"checks"},
