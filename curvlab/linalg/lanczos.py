@@ -14,6 +14,7 @@ from .probes import normal
 Which = Literal["LA", "SA", "LM"]
 EXPLORE = 6  # rounds from a random vector before its residual says anything: in many dimensions it starts small, and
 # without them one cold search in five for k=1 and tol=1e-2 settles on the second of two close eigenvalues
+ROWS = 2**16  # of vectors that are converted to float64 at once
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def eigsh(
     basis = _Columns(_start_block(A, k, start, random_columns, min(max_basis, max_matvecs), generator))
     images = _Columns(_product(A, basis.matrix))
     V, AV = basis.matrix, images.matrix
-    T = _symmetric(V.T @ AV)
+    T = _symmetric(_inner(V, AV))
     warm = start is not None
     explore, explored = not warm or random_columns > 0, 0
     lead = AV[:, -1:] if warm and explore else AV[:, :0]  # image of the newest vector of the random one's Krylov space
@@ -168,8 +169,8 @@ def eigsh(
         if B.shape[1] == 0:  # the basis is invariant to rounding: nothing is left to find in it
             break
         AB = _product(A, B)
-        cross = (V.T @ AB).double()
-        T = torch.cat([torch.cat([T, cross], 1), torch.cat([cross.T, _symmetric(B.T @ AB)], 1)])
+        cross = _inner(V, AB)
+        T = torch.cat([torch.cat([T, cross], 1), torch.cat([cross.T, _symmetric(_inner(B, AB))], 1)])
         V, AV = basis.append(B), images.append(AB)
         matvecs += B.shape[1]
         lead = AB[:, -1:] if leads else lead
@@ -215,15 +216,21 @@ def orthonormalize(B: Tensor, against: Tensor | None = None, *, min_norm: float 
         if found.shape[1]:
             v = v - Q @ (Q.T @ v)
             v = v - found @ (found.T @ v)
-        found = torch.cat([found, (v / torch.linalg.vector_norm(v))[:, None]], 1)
+        found = torch.cat([found, _unit(v[:, None], 0.0)], 1)
     return found
 
 
 def _unit(B: Tensor, shortest: float) -> Tensor:
-    """The columns that are longer than `shortest`, at unit length."""
-    lengths = torch.linalg.vector_norm(B, dim=0)
+    """The columns that are longer than `shortest`, at unit length to less than rounding of B's own precision."""
+    lengths = torch.linalg.vector_norm(B, dim=0, dtype=torch.float64)
     alive = lengths > shortest
-    return B[:, alive] / lengths[alive]
+    return (B[:, alive] / lengths[alive]).to(B.dtype)
+
+
+def _inner(V: Tensor, W: Tensor) -> Tensor:
+    """Vᵀ W in float64, in parts of the rows, so that no copy of V is made: float32 sums would cost half of the digits."""
+    parts = zip(V.split(ROWS), W.split(ROWS), strict=True)
+    return torch.stack([v.double().T @ w.double() for v, w in parts]).sum(0)
 
 
 class _Columns:
@@ -284,7 +291,6 @@ def _product(A: LinearOperator | Tensor, V: Tensor) -> Tensor:
 
 
 def _symmetric(T: Tensor) -> Tensor:
-    T = T.double()
     return (T + T.T) / 2
 
 
