@@ -95,7 +95,7 @@ class BatchGradient:
                         values[k].append(term.detach())
                 squares.append(vars(m).get("squared_gradient_norm"))
                 _backward(objective)
-                total += float(loss.detach())
+                total += float(m.losses.detach().double().sum()) / self.size
         sums = [float(torch.stack(found).double().sum()) for found in values]
         self.penalties = {entry.name: value for (_, entry, _), value in zip(self.terms, sums, strict=True)}
         self.penalty = sum(strength * value for (strength, _, _), value in zip(self.terms, sums, strict=True))

@@ -71,6 +71,12 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
             module.training = training
 
 
+def full_precision(model: nn.Module, device: str) -> bool:
+    """Whether the model computes now, outside of a measurement, in the precision that it is measured in."""
+    patched = any("_original_forward" in vars(module) for module in model.modules())
+    return not (patched or torch.is_autocast_enabled(device) or _reduced(device))
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory has ended, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or (
@@ -106,10 +112,14 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
 
 
+def _reduced(device: str) -> list[tuple[Any, str]]:
+    """Only what is reduced is touched: a flag that is set stops following the flags above it."""
+    return [(b, b.fp32_precision) for b in _PRECISION.get(device, ()) if b.fp32_precision not in ("none", "ieee")]
+
+
 @contextlib.contextmanager
 def _backend_flags(recurrent: bool, device: str) -> Iterator[None]:
-    # Only what is reduced is touched: a flag that is set stops following the flags above it.
-    reduced = [(b, b.fp32_precision) for b in _PRECISION.get(device, ()) if b.fp32_precision not in ("none", "ieee")]
+    reduced = _reduced(device)
     fastpath, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
     with contextlib.ExitStack() as stack:
         # The kernel selection is restored by its own context manager.

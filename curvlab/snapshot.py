@@ -41,6 +41,7 @@ class Snapshot:
         modes: train or eval of the model's modules while it trains, by name; None for those of measuring.
         penalties: values of the penalties that are trained, as they were drawn, by (name, *options).
         batch_gradient: (P,) gradient about to be used, of the batch that was drawn, with that of the penalties.
+        known: L(w) and ∇L(w) where training has just computed them: the batch is all data, and nothing else is trained.
         preconditioner: (P,) what the step is about to divide the gradient by, entry by entry, for adaptive optimizers.
         test: objective over held-out data.
         trained: the same point of the objective that is trained, with penalties and weight decay.
@@ -65,6 +66,7 @@ class Snapshot:
     modes: dict[str, bool] | None = None
     penalties: dict[tuple, float] = field(default_factory=dict)
     batch_gradient: Tensor | None = None
+    known: tuple[float, Tensor] | None = None
     preconditioner: Tensor | None = None
     test: Objective | None = None
     trained: Snapshot | None = None
@@ -96,6 +98,7 @@ class Snapshot:
     def anew(self, **changes: Any) -> Snapshot:
         """The same point, with some fields changed, of which nothing is computed yet."""
         empty: dict[str, Any] = {"measurements": {}, "alone": {}, "_shared": {}, "_prices": {"": 0.0}, "_asked": set()}
+        empty["known"] = None
         return replace(self, **{**empty, "_count": [0], **changes})
 
     def spared(self) -> float:
@@ -135,12 +138,18 @@ class Snapshot:
     @property
     def value(self) -> Tensor:
         """L(w), float64 scalar."""
-        return self._products.value_and_gradient()[0]
+        return self._value_and_gradient[0]
 
     @property
     def gradient(self) -> Tensor:
         """∇L(w), (P,)."""
-        return self._products.value_and_gradient()[1]
+        return self._value_and_gradient[1]
+
+    @property
+    def _value_and_gradient(self) -> tuple[Tensor, Tensor]:
+        if self.known is None:
+            return self._products.value_and_gradient()
+        return torch.tensor(self.known[0], dtype=torch.float64, device=self.w.device), self.known[1]
 
     @property
     def gradient_floor(self) -> float:

@@ -19,7 +19,7 @@ from .batch_gradient import BatchGradient
 from .batches import Batches
 from .diagnostics import evaluate, parse, require
 from .diagnostics.registry import TRAINED, Request, batch_sizes, described
-from .guard import get_random_states, set_random_states
+from .guard import full_precision, get_random_states, set_random_states
 from .hvp import Engine
 from .linalg.probes import generator
 from .objective import Objective
@@ -196,7 +196,7 @@ class _Training:
                     generator=generator(self.seed, step, "penalties"),
                 )  # fmt: skip
                 batch_loss = closure()
-                at = self._snapshot(step, batch, closure)
+                at = self._snapshot(step, batch, closure, batch_loss)
                 if due := schedule.select(self.plan, self.every, step):
                     record = self._measured(at, due, batch_loss)
                 yield at
@@ -212,8 +212,8 @@ class _Training:
             self._finish(record, None)
             self._end(taken, complete)
 
-    def _snapshot(self, step: int, batch: Any, closure: BatchGradient) -> Snapshot:
-        L = self.L
+    def _snapshot(self, step: int, batch: Any, closure: BatchGradient, batch_loss: float) -> Snapshot:
+        L, gradient = self.L, flat_gradient(self.L)
         at = Snapshot(
             L, L.params(), step, self.seed,
             batch_size=self.batch_size, replacement=self.replacement,
@@ -221,7 +221,8 @@ class _Training:
             batch=batch, micro_batch_size=self.micro_batch_size,
             modes={name: module.training for name, module in L.model.named_modules()},
             penalties={(e.name, *sorted(o.items())): closure.penalties[e.name] for _, e, o in closure.terms},
-            batch_gradient=flat_gradient(L), preconditioner=preconditioner(self.optimizer, L),
+            batch_gradient=gradient, known=(batch_loss, gradient) if self._trains_what_is_measured(batch, closure) else None,
+            preconditioner=preconditioner(self.optimizer, L),
             test=self.test, carry=self.carry, engine=self.engine,
         )  # fmt: skip
         if self.trained is None:
@@ -229,6 +230,16 @@ class _Training:
         own = self.carry.setdefault("trained", {})
         point = at.anew(objective=self.trained, carry=own, _count=at._count)
         return dataclasses.replace(at, trained=point)
+
+    def _trains_what_is_measured(self, batch: Any, closure: BatchGradient) -> bool:
+        """Whether the batch is all data, evaluated as it is when measured, so that its gradient is that of L."""
+        L = self.L
+        if closure.terms or not isinstance(batch, Tensor) or batch.shape != (L.size,) or batch.dtype != torch.int64:
+            return False
+        alike = all(p.dtype == L.dtype and p.device == L.device and not p._backward_hooks for p in L.variables())
+        if not alike or not full_precision(L.model, L.device.type) or L.mode == "train" or L.live_difference():
+            return False
+        return bool((batch.sort().values == torch.arange(L.size, device=batch.device)).all())
 
     def _measured(self, at: Snapshot, due: dict[str, Any], batch_loss: float) -> dict[str, Any]:
         """Measure and log; the record itself where the step has something to add to it."""

@@ -26,6 +26,7 @@ from curvlab.diagnostics import DIAGNOSTICS
 from curvlab.trained import TrainedObjective
 
 F64 = torch.float64
+N = 24  # examples
 
 
 def net(*, dropout: bool = False, normalized: bool = False, dtype: torch.dtype = F64) -> nn.Module:
@@ -36,7 +37,7 @@ def net(*, dropout: bool = False, normalized: bool = False, dtype: torch.dtype =
         return nn.Sequential(nn.Linear(4, 6), *middle, nn.Tanh(), *end, nn.Linear(6, 3)).to(dtype)
 
 
-def data(n: int = 24) -> tuple[Tensor, Tensor]:
+def data(n: int = N) -> tuple[Tensor, Tensor]:
     x = torch.randn(n, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
     return x, torch.arange(n) % 3
 
@@ -342,3 +343,49 @@ def test_what_the_trained_objective_cannot_have_is_refused():
         TrainedObjective(objective(layer), [(0.1, "gradient_norm")])
     with pytest.raises(ValueError, match="trained/loss needs trained: what is trained is known while training"):
         cl.measure(L, ["trained/loss"])
+
+
+# -- the gradient that training has computed ---------------------------------------------------------------------------
+
+
+def _hooked(model):
+    model[0].weight.register_hook(lambda g: 0.5 * g)
+
+
+def _dropping(model):
+    model.insert(1, nn.Dropout(0.5))
+
+
+@pytest.mark.parametrize(
+    "reused, change, batch, options",
+    [
+        (True, lambda model: None, N, {}),
+        (True, lambda model: None, N, {"micro_batch_size": 5}),
+        (False, lambda model: None, 8, {}),
+        (False, lambda model: None, N, {"penalties": [(0.1, "gradient_norm")]}),
+        (False, _hooked, N, {}),
+        (False, _dropping, N, {}),
+    ],
+    ids=["all data", "micro-batches", "a batch", "a penalty", "a hook", "dropout"],
+)
+def test_the_gradient_of_all_data_is_that_of_training_where_they_are_the_same(reused, change, batch, options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    change(model)
+    L = cl.Objective(model, "cross_entropy", (torch.randn(N, 3).double(), torch.arange(N) % 2), weights=torch.rand(N))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for at in cl.train(L, sgd, cl.Batches(N, batch, 3), diagnostics=["loss", "gradient_norm", "sharpness"], **options):
+        assert (at.known is not None) == reused
+        alone = cl.measure(L, ["loss", "gradient_norm"], w=at.w)
+        for name, found in alone.items():
+            assert at.measurements[name].value == pytest.approx(found.value, rel=1e-13)
+        torch.testing.assert_close(at.gradient, L.gradient(at.w), rtol=1e-12, atol=1e-15)
+
+
+def test_a_gradient_in_less_precision_is_not_taken():
+    model = nn.Linear(3, 2)
+    L = cl.Objective(model, "cross_entropy", (torch.randn(N, 3), torch.arange(N) % 2))
+    steps = cl.train(L, torch.optim.SGD(model.parameters(), lr=0.1), cl.Batches(N, N, 2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert next(steps).known is None
+    assert next(steps).known is not None
