@@ -87,6 +87,13 @@ class GradientGraph(ChunkGradient):
         return [torch.zeros_like(p) if h is None else h for p, h in zip(self._params, found, strict=True)]
 
 
+def jvp_of_gradient(objective: Objective, w: Tensor, chunk: Chunk, v: Tensor) -> Tensor:
+    """H v of the summed loss of a chunk, (P,), by the forward-mode derivative of the gradient."""
+    params = objective.split(w)
+    gradient = torch.func.grad(lambda p: objective.losses(p, chunk).sum())
+    return objective.join(torch.func.jvp(gradient, (params,), (objective.split(v.contiguous()),))[1])
+
+
 class TracedGradient(ChunkGradient):
     """By a recording, without autograd."""
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, layers_of
-from .gradient_graph import CAPTURES_ON, ChunkGradient, GradientGraph, recordings, still_true
+from .gradient_graph import CAPTURES_ON, ChunkGradient, GradientGraph, jvp_of_gradient, recordings, still_true
 from .objective import Chunk, Objective
+from .origins import origins
+from .self_check import check_products
 from .timing import synchronize
 
 Engine = Literal["auto", "graph", "traced", "compiled", "double_backward", "forward_over_reverse"]
@@ -59,6 +61,8 @@ class HessianProducts:
             a quarter of the objective's `memory`; see `captures`.
         expected: products to come with the objective, at this point and later ones, for "auto"; default few.
 
+    The first product is preceded by a check against central differences, as the objective's `check` says.
+
     Attributes:
         engine: the engine in use.
         kept: number of chunks whose graphs are kept, of `len(chunks)`.
@@ -91,6 +95,8 @@ class HessianProducts:
             self.w = objective.point(w)
         self.constants = objective.constants()
         self._asked, self._batch, self._listens = engine, batch, listens
+        again = objective.check == "always" and batch is None
+        self._checked = objective.checked is not None and not again
         self._many = expected is not None and expected >= MANY
         self._recordings = recordings(objective)
         self._cut()
@@ -104,6 +110,10 @@ class HessianProducts:
 
     def matmat(self, V: Tensor) -> Tensor:
         """H(w) @ V, (P, K) -> (P, K)."""
+        if not self._checked:
+            forward = self._asked == "forward_over_reverse"
+            check_products(self.objective, self.w, forward=forward, constants=self.constants)
+            self._checked = True
         return self.objective.fitting(lambda: self._product(V), self._forget)
 
     @property
@@ -226,9 +236,16 @@ class HessianProducts:
 
     def _jvp_of_gradient(self, chunk: Chunk, v: Tensor) -> Tensor:
         L = self.objective
-        params = L.split(self.w)
-        gradient = torch.func.grad(lambda p: L.losses(p, chunk).sum())
-        return L.join(torch.func.jvp(gradient, (params,), (L.split(v.contiguous()),))[1])
+        try:
+            return jvp_of_gradient(L, self.w, chunk, v)
+        except (RuntimeError, NotImplementedError) as error:
+            functions = origins(L, lambda: L.losses(L.leaves_at(self.w), chunk)).functions
+            if "autograd.Function" not in str(error) or not functions:
+                raise
+            raise ValueError(
+                f"forward mode does not go through {', '.join(map(str, functions))} ({str(error).splitlines()[0]}); use "
+                "engine='graph' or 'double_backward', which need no rules for it"
+            ) from error
 
 
 def fastest_block(one: Product, several: Product, V: Tensor) -> int:

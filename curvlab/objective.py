@@ -22,6 +22,7 @@ from .unwrap import unwrap
 
 _log = logging.getLogger("curvlab")
 T = TypeVar("T")
+Check = Literal["first", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Objective:
         population_size: how many examples training has, where `data` is a random sample of them. tr(S_b), tr(H S_b), their
             ratios, Γ, the noise scale and the sharpness are then estimated for all of them, with the error of sampling;
             everything else is of `data`.
+        check: when Hessian-vector products are checked against central differences, in float64 on at most 8 examples (see
+            `curvlab.self_check`): ``"first"``, before the first product; ``"always"``, at each new point; or ``"never"``.
         parameters: the variables, where they are not all that `requires_grad`: names of parameters or modules, or patterns,
             such as ``"head"`` or ``["blocks.*.weight", "norm"]``; or a function (name, parameter) -> bool, such as
             ``lambda name, p: "embed" not in name``. H is then that block of the Hessian.
@@ -78,6 +81,9 @@ class Objective:
         ValueError, TypeError: what would give a silently wrong number: nothing to train, mixed or half-precision or
             complex parameters, a loss reduced over the batch, an empty or misshapen batch, values that are not finite,
             a loss that is not deterministic or not a mean over examples. The message names the fix.
+
+    Attributes:
+        checked: what the check of products found: "ok", "warned: ..." or "unchecked: ...", with why; None before it.
 
     Example:
         >>> import torch
@@ -101,7 +107,10 @@ class Objective:
         weights: Tensor | Callable[[Any], Tensor] | None = None,
         population_size: int | None = None,
         parameters: checks.Which | None = None,
+        check: Check = "first",
     ) -> None:
+        if check not in ("first", "always", "never"):
+            raise ValueError(f"check is {check!r}; expected 'first', 'always' or 'never'")
         if mode not in ("eval", "train"):
             raise ValueError(f"mode is {mode!r}; expected 'eval' or 'train'")
         if chunk_size is not None and chunk_size < 1:
@@ -109,6 +118,8 @@ class Objective:
         self.model = unwrap(model)
         self.loss = resolve(loss)
         self.mode = mode
+        self.check = check
+        self.outcomes: dict[str, str] = {}  # of checks on first use
         self._held: dict[str, Tensor] | None = None
         self._variables = checks.trainable(self.model, parameters)
         self.subset = len(self._variables) < len(checks.trainable(self.model))
@@ -290,6 +301,20 @@ class Objective:
     def live_losses(self, batch: Any) -> Tensor:
         """ℓ_i of a batch, (B,), on the live model in its own mode: for training, with gradients in its parameters."""
         return self._call(batch)
+
+    def double(self) -> Objective:
+        """The same objective, evaluated in float64."""
+        other = copy.copy(self)
+        other.dtype = torch.float64
+        other.weights = None if self.weights is None else self.weights.double()
+        for derived in ("chunk_size", "graph_bytes", "_recordings"):
+            other.__dict__.pop(derived, None)
+        return other
+
+    @property
+    def checked(self) -> str | None:
+        """What the check of Hessian-vector products found; None before there were any."""
+        return self.outcomes.get("products")
 
     def restricted(self, index: Tensor) -> Objective:
         """The same objective of some of the examples, which keep their weights."""

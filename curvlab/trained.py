@@ -47,6 +47,7 @@ class TrainedObjective(Objective):
         self.__dict__.update(
             {k: v for k, v in vars(L).items() if k not in ("chunk_size", "graph_bytes", "_layer_rules", "_recordings")}
         )
+        self.outcomes = {}  # penalties are differentiated once more
         self.plain = L
         self.terms = [term for term in regularizers.terms(penalties) if term[0]]
         self.weight_decay, self.seed = weight_decay, seed
@@ -60,6 +61,13 @@ class TrainedObjective(Objective):
                     "without the prefix trained/"
                 )
         self._refuse_wrong_derivatives()
+
+    def double(self) -> TrainedObjective:
+        """The same objective, evaluated in float64."""
+        other = super().double()
+        assert isinstance(other, TrainedObjective)
+        other.plain = self.plain.double()
+        return other
 
     @property
     def coupled(self) -> str | None:

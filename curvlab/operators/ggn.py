@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..linalg import LinearOperator
 from ..objective import Chunk, Objective
+from ..self_check import check_outputs
 
 
 def ggn(
@@ -27,12 +28,13 @@ def ggn(
 
     Raises:
         TypeError: outputs that are no tensor, or unknown because a `batch_loss` calls the model itself.
-        ValueError: another `output_hessian`.
+        ValueError: another `output_hessian`, or a Function in the model that cannot be differentiated twice.
 
     Source: Schraudolph 2002 (doi 10.1162/08997660260028683).
     """
     if output_hessian not in ("loss", "identity"):
         raise ValueError(f"output_hessian is {output_hessian!r}; expected 'loss' or 'identity'")
+    check_outputs(L)
     w = L.point(w)
     chunks, constants = L.pieces(size=L.chunk_size), L.constants()
     keep = L.graphs_that_fit
