@@ -29,14 +29,18 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
     `train_mode`, modules keep their flags if the model is in training, so layers that the user froze stay frozen;
     otherwise all of them are put in training mode.
 
-    Afterwards, also after an exception: train/eval flags, the random states of Python, numpy, torch and CUDA, and the
-    backend flags are what they were. `.grad`, parameters and buffers are never written in the first place, because
-    `Objective` evaluates on copies.
+    Afterwards, also after an exception: train/eval flags and all other attributes of the modules, the random states of
+    Python, numpy, torch and CUDA, and the backend flags are what they were. `.grad`, parameters and buffers are never
+    written in the first place, because `Objective` evaluates on copies. Attributes are put back, not copied: what a forward
+    pass appends to a list of the module stays there.
     """
     if _active and _active[-1][0] is model and _active[-1][1] == train_mode:  # already inside
         yield
         return
     flags = [(module, module.training) for module in model.modules()]
+    # Some forward passes count their calls, or leave on the module what the training step reads after them: an auxiliary
+    # loss, a hidden state.
+    attributes = [(vars(module), dict(vars(module))) for module, _ in flags]
     marks = (
         "_orig_mod",
         "_compiled_call_impl",
@@ -44,8 +48,7 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
     )  # torch.compile(module), module.compile(), Lightning's
     compiled = any(getattr(module, mark, None) is not None for module, _ in flags for mark in marks)
     recurrent = any(isinstance(module, nn.RNNBase) for module, _ in flags)
-    patched = [vars(module) for module, _ in flags if {"forward", "_original_forward"} <= vars(module).keys()]
-    casting = [state["forward"] for state in patched]  # accelerate's mixed precision
+    patched = [state for state, _ in attributes if {"forward", "_original_forward"} <= state.keys()]
     _active.append((model, train_mode))
     try:
         with contextlib.ExitStack() as stack:
@@ -60,15 +63,17 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
             if not (train_mode and model.training):
                 for module, _ in flags:  # not model.train(), which some models override to do more
                     module.training = train_mode
-            for state in patched:
+            for state in patched:  # by accelerate, for mixed precision
                 state["forward"] = state["_original_forward"]
             yield
     finally:
         _active.pop()
-        for state, forward in zip(patched, casting, strict=True):
-            state["forward"] = forward
         for module, training in flags:
             module.training = training
+        for state, before in attributes:
+            for name in state.keys() - before.keys():
+                del state[name]
+            state.update(before)
 
 
 def full_precision(model: nn.Module, device: str) -> bool:
@@ -115,6 +120,14 @@ def set_random_states(states: dict[str, Any]) -> None:
 def _reduced(device: str) -> list[tuple[Any, str]]:
     """Only what is reduced is touched: a flag that is set stops following the flags above it."""
     return [(b, b.fp32_precision) for b in _PRECISION.get(device, ()) if b.fp32_precision not in ("none", "ieee")]
+
+
+def seed_random_layers(seed: int) -> None:
+    """Seed what dropout draws from, inside `random_states`."""
+    # torch.manual_seed would also leave a seed behind for GPUs that are not in use yet.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextlib.contextmanager

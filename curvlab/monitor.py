@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from . import schedule
+from .batches import tree_map
 from .budget import Budget
 from .cost import rehearse
 from .diagnostics import evaluate, parse, require
@@ -155,6 +156,9 @@ class Monitor:
     def __call__(self, step: int | None = None, *, batch: Any = None, **numbers: Any) -> dict[str, Measurement]:
         """Measure and log what is due at a step; a second call at the same step does nothing.
 
+        A call that raises, or is interrupted, has never been: monitor and log are as before it, so that the same call again
+        measures what it would have measured.
+
         Args:
             step: t, increasing; default one more than the last.
             batch: what the training step is about to use, for penalties' diagnostics: indices, or a batch of data.
@@ -166,12 +170,24 @@ class Monitor:
         Raises:
             ValueError: a step before the last one.
         """
+        was = {"last": self._last, "counts": dict(self._counts)}
         step = self._step(step)
         if step is None or _rank() != 0:
             return {}
         plan, updates = self._due(step)
         if not plan and not updates:
             return {}
+        before = self.state_dict() | was
+        try:
+            return self._measured(step, plan, updates, batch, numbers)
+        except BaseException:
+            self.load_state_dict(before)
+            raise
+
+    def _measured(
+        self, step: int, plan: dict[str, Any], updates: dict[str, Any], batch: Any, numbers: Mapping[str, Any]
+    ) -> dict[str, Measurement]:
+        """Measure in full what is planned, update the rest, write it down and pay for it."""
         called = time.perf_counter()
         at = self._snapshot(step, batch)
         self._foretell(at, {name: options for name, options in plan.items() if self._counts[name] == 1})
@@ -219,7 +235,7 @@ class Monitor:
         return {
             "last": self._last,
             "log_size": self.run.size if self.run else self._logged,
-            "carry": dict(self.carry),
+            "carry": _containers(self.carry),
             "counts": dict(self._counts),
             "budget": self.budget and dataclasses.asdict(self.budget),
         }
@@ -227,7 +243,7 @@ class Monitor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; what the run's log has beyond it is forgotten."""
         self._last = state["last"]
-        self.carry, self._counts = dict(state["carry"]), dict(state["counts"])
+        self.carry, self._counts = _containers(state["carry"]), dict(state["counts"])
         if self.budget and state["budget"]:
             self.budget = Budget(**state["budget"])
         if self.run:
@@ -412,6 +428,11 @@ def flat(measurements: Mapping[str, Measurement]) -> dict[str, float]:
                 if point.kind != "exact" and np.isfinite(error):
                     found[f"curvlab/{name}{suffix}_error"] = error
     return found
+
+
+def _containers(carry: dict[Hashable, Any]) -> dict[Hashable, Any]:
+    """The same in containers of its own: later steps change these in place, but replace their tensors."""
+    return tree_map(lambda tensor: tensor, carry)
 
 
 def _updated(found: Measurement) -> Measurement:

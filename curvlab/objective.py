@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .batches import Examples, batch_size, leaves, take, tree_map
-from .guard import measuring, out_of_memory
+from .guard import measuring, out_of_memory, seed_random_layers
 from .losses import Averaged, BatchLoss, Loss, correct, cross_entropy, logits, reads_logits, resolve
 from .unwrap import unwrap
 
@@ -483,7 +483,7 @@ class Objective:
 
     def _reseed(self, chunk: Chunk) -> None:
         if self.mode == "train":  # the same masks at every evaluation; the guard restores the generators
-            torch.manual_seed(chunk.seed)
+            seed_random_layers(chunk.seed)
 
     def chunk_gradients(
         self,

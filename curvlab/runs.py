@@ -125,7 +125,7 @@ class Run:
     @property
     def size(self) -> int:
         """Bytes in the log so far."""
-        return (self.path / LOG).stat().st_size
+        return (os.fstat(self._file) if self._file is not None else (self.path / LOG).stat()).st_size
 
     def truncate(self, size: int) -> None:
         """Forget what was logged beyond the first `size` bytes.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..guard import random_states
+from ..guard import random_states, seed_random_layers
 from ..linalg.trace import sample_mean
 from ..measurement import Measurement, missing
 from ..regularizers import registry as regularizers
@@ -117,7 +117,7 @@ def _micro_batches(at: Snapshot, micro_batch_size: int | None, name: str) -> Ite
     L = at.objective
     size = regularizers.checked_size(micro_batch_size) or at.micro_batch_size
     with L.measuring(), random_states(), _in_modes(at):
-        torch.manual_seed(at.generator(f"{name} masks").initial_seed())
+        seed_random_layers(at.generator(f"{name} masks").initial_seed())
         yield MicroBatches(Measured(L, L.leaves_at(at.w)), L.pieces(at.batch, size), graph=False)
 
 
