@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase as fnmatch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from .batches import Examples, leaves, take
 from .losses import Averaged, cross_entropy, squared_error
+from .memory import total_bytes
 
 if TYPE_CHECKING:
     from .objective import Objective
@@ -103,9 +103,7 @@ def memory_bytes(memory: int | str | None, device: torch.device) -> int:
         ValueError: not a positive number of bytes, or text such as "2GiB".
     """
     if memory is None:
-        if device.type == "cuda":
-            return torch.cuda.get_device_properties(device).total_memory // 4
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+        return total_bytes(device) // (4 if device.type == "cuda" else 8)
     units = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9, "b": 1}
     text = str(memory).strip().lower()
     unit = next((u for u in units if text.endswith(u)), "")
@@ -259,6 +257,22 @@ def class_indices(L: Objective) -> None:
                 f"class indices run from {int(targets.min())} to {int(targets.max())}, but the model has {classes} outputs. "
                 "Give examples to be ignored weight 0 and a valid class; for a regression on integers pass targets.float() "
                 "in the shape of the outputs"
+            )
+
+
+def finite_point(L: Objective, w: Tensor) -> None:
+    """Refuse parameters that are not finite.
+
+    Raises:
+        FloatingPointError: naming the first of them.
+    """
+    if bool(torch.isfinite(w).all()):
+        return
+    for name, p in L.unflatten(w).items():
+        if not torch.isfinite(p).all():
+            what = "NaN" if bool(p.isnan().any()) else "infinity"
+            raise FloatingPointError(
+                f"parameter {name} holds {what}: training has diverged; go back to a checkpoint and take a smaller lr"
             )
 
 

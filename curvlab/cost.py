@@ -13,6 +13,7 @@ import torch
 
 from .batches import batch_size
 from .diagnostics import evaluate
+from .memory import readable
 from .objective import Objective
 from .snapshot import Snapshot
 
@@ -31,7 +32,7 @@ class Cost:
 
     def __str__(self) -> str:
         chunks = f" x {self.chunks} chunks" if self.chunks > 1 else ""
-        return f"{self.products} products{chunks}, about {_time(self.seconds)}, {_size(self.bytes)}"
+        return f"{self.products} products{chunks}, about {_time(self.seconds)}, {readable(self.bytes)}"
 
 
 def rehearse(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, Cost]:
@@ -131,6 +132,3 @@ def _time(seconds: float) -> str:
         return f"{1e3 * seconds:.{0 if seconds > 0.01 else 1}f} ms"
     return f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, layers_of
+from .checks import finite_point
 from .gradient_graph import CAPTURES_ON, ChunkGradient, GradientGraph, jvp_of_gradient, recordings, still_true
 from .objective import Chunk, Objective
 from .origins import origins
@@ -93,6 +94,7 @@ class HessianProducts:
         self.objective = objective
         with torch.inference_mode(False):  # a copy that can be differentiated
             self.w = objective.point(w)
+        finite_point(objective, self.w)
         self.constants = objective.constants()
         self._asked, self._batch, self._listens = engine, batch, listens
         again = objective.check == "always" and batch is None

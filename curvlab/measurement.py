@@ -109,13 +109,21 @@ class Measurement:
             return f"no value ({self.note})"
         if isinstance(self.value, np.ndarray):
             name, points = self.axis or ("index", tuple(range(len(self.value))))
-            errors = np.broadcast_to(self.error, self.value.shape)
+            errors = np.broadcast_to(self.error, self.value.shape), np.broadcast_to(self.floor, self.value.shape)
             shown = [
-                f"{p:.4g}: {v:.4g}" if isinstance(p, float) else f"{p}: {v:.4g}" + (f" ± {e:.1g}" if e else "")
-                for p, v, e in zip(points, self.value, errors, strict=True)
+                f"{p:.4g}: {v:.4g}" if isinstance(p, float) else f"{p}: {self._shown(v, e, f, bare=not e)}"
+                for p, v, e, f in zip(points, self.value, *errors, strict=True)
             ]
             return f"{name} " + ", ".join(shown if len(shown) <= 12 else [*shown[:3], "...", *shown[-3:]])
-        return f"{self.value:.4g}" if self.kind == "exact" else f"{self.value:.4g} ± {float(self.error):.1g}"
+        return self._shown(self.value, float(self.error), float(self.floor), bare=self.kind == "exact")
+
+    def _shown(self, value: float, error: float, floor: float, *, bare: bool) -> str:
+        """One number; where its bound or its rounding is larger than it is, what its magnitude is surely below."""
+        if self.kind != "sem" and abs(value) < error + floor < math.inf:
+            above = abs(value) + error + floor
+            digit = 10.0 ** math.floor(math.log10(above))
+            return f"<{math.ceil(above / digit) * digit:.1g}"
+        return f"{value:.4g}" if bare else f"{value:.4g} ± {error:.1g}"
 
 
 def half_width(error: Any, kind: Any, df: Any, floor: Any, level: float) -> Any:

@@ -24,6 +24,7 @@ from .diagnostics.registry import Request, batch_sizes, described
 from .diagnostics.tracking import UPDATED
 from .hvp import Engine
 from .measurement import Measurement
+from .memory import require as require_memory
 from .objective import Objective
 from .optimizers import flat_gradient, learning_rate, preconditioner, settings, stability_threshold
 from .runs import Run
@@ -320,6 +321,8 @@ class Monitor:
             f"step {at.step}: measuring {', '.join(plan)}: {total}{' (' if each else ''}{each}{')' if each else ''}"
         )
         self.costs |= found
+        fix = "pass memory= to Objective, a smaller chunk_size, k, or block of the parameters (parameters=)"
+        require_memory(total.bytes, self.L.device, f"measuring {', '.join(plan)}", fix)
 
     def _account(self, at: Snapshot, updates: Mapping[str, Any], seconds: float) -> None:
         """Pay for what was measured, and space what is to come."""

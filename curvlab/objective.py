@@ -18,6 +18,7 @@ from . import checks
 from .batches import Examples, batch_size, leaves, take, tree_map
 from .guard import measuring, out_of_memory, seed_random_layers
 from .losses import Averaged, BatchLoss, Loss, correct, cross_entropy, logits, reads_logits, resolve
+from .memory import require
 from .unwrap import unwrap
 
 _log = logging.getLogger("curvlab")
@@ -216,8 +217,15 @@ class Objective:
         """s_i ∇ℓ_i(w) for every example of a batch (default: all), (B, P): B times the memory of a gradient.
 
         By vmap, or by a loop where the model does not allow it.
+
+        Raises:
+            MemoryError: they would not fit in the memory that is free.
         """
         self.require_examples("per-example gradients")
+        count = self.size if batch is None else sum(piece.size for piece in self.pieces(batch))
+        what = f"{count} gradients of {self.num_params} parameters each"
+        fix = "pass a batch, or ask for norms and products by curvlab.per_example.ExampleGradients, which forms none"
+        require(2 * count * self.num_params * self.dtype.itemsize, self.device, what, fix)
         with self.measuring():
             params = [p.detach() for p in self.leaves_at(w)]
             return torch.cat([self.chunk_gradients(params, chunk) for chunk in self.chunks(batch)])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .capture import Capture, layers_of, places_of
 from .layers import Part, Rows
+from .memory import require
 from .objective import Chunk, Objective
 
 Scalars = Callable[[list[Tensor], Chunk], Tensor]
@@ -82,8 +83,14 @@ class ExampleGradients:
         return total
 
     def gram(self) -> Tensor:
-        """g_i·g_j, (N, N): memory N², and one pass over pairs of chunks."""
+        """g_i·g_j, (N, N): memory N², and one pass over pairs of chunks.
+
+        Raises:
+            MemoryError: they would not fit in the memory that is free.
+        """
         L = self.objective
+        fix = "measure fewer examples: L.restricted(indices)"
+        require(L.size**2 * L.dtype.itemsize, L.device, f"the Gram matrix of {L.size} examples", fix)
         out = torch.empty(L.size, L.size, dtype=L.dtype, device=L.device)
         for chunk, parts in self._captures():
             for other, others in self._captures():

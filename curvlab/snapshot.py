@@ -121,6 +121,7 @@ class Snapshot:
             "lr": self.lr,
             "batch_size": self.batch_size,
             **numbers,
+            "chunk_size": self.objective.chunk_size,  # which is halved where memory ends
             "matvecs": self.matvecs,
             "seconds": round(seconds, 6),
             "measurements": {name: m.to_dict() for name, m in self.measurements.items()},

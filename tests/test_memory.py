@@ -12,8 +12,10 @@ from cases import DOUBLE, block, off
 from torch import nn
 
 import curvlab as cl
+from curvlab import memory
 from curvlab.guard import out_of_memory
 from curvlab.hvp import HessianProducts
+from curvlab.per_example import ExampleGradients
 
 ENDED = {
     "CPU": RuntimeError(
@@ -98,3 +100,48 @@ def test_out_of_memory_is_told_from_other_errors():
     assert all(map(out_of_memory, ENDED.values()))
     assert not out_of_memory(RuntimeError("no memory of it"))
     assert not out_of_memory(MemoryError())
+
+
+# -- what cannot fit ---------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_fit_is_refused_with_the_fix(monkeypatch):
+    """Where memory is overcommitted no allocation fails: the system would end the process."""
+    L = objective()
+    monkeypatch.setattr(memory, "SMALL", 0)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4000)
+    P = L.num_params
+    text = rf"eigsh with k=1 of {P} rows, with 62 vectors, takes .* MiB, and .* are free on cpu; pass a smaller k, max_"
+    with pytest.raises(MemoryError, match=text + r"basis=3 \(more products\), or measure a block"):
+        cl.measure(L, ["sharpness"])
+    with pytest.raises(
+        MemoryError, match=r"20 gradients of 43 parameters each takes .*curvlab.per_example.ExampleGradients"
+    ):
+        L.example_gradients()
+    with pytest.raises(MemoryError, match=r"a dense matrix of 43 rows takes .* use eigsh or trace"):
+        cl.dense(cl.hessian(L))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 400)
+    with pytest.raises(MemoryError, match=r"the Gram matrix of 20 examples takes .* measure fewer examples"):
+        ExampleGradients(L, L.params()).gram()
+    lines = []
+    monitor = cl.Monitor(L, ["gradient_variance"], announce=lines.append)
+    with pytest.raises(
+        MemoryError, match=r"measuring gradient_variance takes .*pass memory= to Objective, a smaller chunk"
+    ):
+        monitor()
+    assert "MiB" in lines[0]  # what it would take is announced before
+
+
+def test_free_memory_is_that_of_the_machine_or_of_the_container(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    assert 2**20 < memory.free_bytes(cpu) < memory.total_bytes(cpu)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "LIMITS", (str(limit), str(tmp_path / "none")))
+    limit.write_text("max\n")
+    machine = memory.total_bytes(cpu)
+    limit.write_text(f"{2**33}\n")
+    assert memory.total_bytes(cpu) == min(machine, 2**33)
+    assert memory.free_bytes(cpu) < 2**33
+    limit.write_text(f"{2**20}\n")  # less than this process has
+    assert memory.free_bytes(cpu) == 0
+    assert [memory.readable(n) for n in (3 * 2**20, 3 * 2**29)] == ["3 MiB", "1.5 GiB"]

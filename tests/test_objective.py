@@ -1010,6 +1010,11 @@ REFUSALS = {
     ),
     # diagnostics, measure
     "other_trajectory": (ValueError, "has 3 parameters and this model 15; compare", other_trajectory),
+    "diverged_point": (
+        FloatingPointError,
+        "parameter weight holds infinity: training has diverged; go back to a checkpoint and take a smaller lr",
+        lambda: cl.hessian(objective(), with_value(math.inf, objective().params(), 0)),
+    ),
     "diverged_value": (FloatingPointError, r"not finite \(nan\)", lambda: exact(math.nan, objective())),
     "diverged_step": (
         FloatingPointError,
@@ -1245,6 +1250,7 @@ OWN_TESTS |= {
     "compat",
     "tables",
     "budget",
+    "memory",
     "docs",
 }
 

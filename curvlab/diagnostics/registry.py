@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from .. import schedule
+from ..checks import finite_point
 from ..hvp import Engine
 from ..measurement import Measurement, missing
 from ..objective import Objective
@@ -196,6 +197,7 @@ def evaluate(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, M
             started, spent = time.perf_counter(), at.matvecs
             entry = DIAGNOSTICS[name.removeprefix(TRAINED)]
             try:
+                finite_point(point.objective, point.w)
                 found = missing(NO_GRADIENT)
                 if "batch_gradient" not in entry.needs or point.batch_gradient is not None:
                     found = point.objective.fitting(partial(entry.function, point, **options), point.release)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..memory import require
 from .operator import LinearOperator
 from .probes import normal
 
@@ -97,6 +98,7 @@ def eigsh(
     Raises:
         ValueError: k outside 1..P, an unknown `which`, a `max_basis` below k + 2, or a start of another length.
         FloatingPointError: a product with A is not finite.
+        MemoryError: the vectors would not fit in the memory that is free.
 
     Source: Lanczos 1950; Rayleigh-Ritz with thick restart as in Wu and Simon 2000 (doi 10.1137/S0895479898334605).
 
@@ -117,6 +119,9 @@ def eigsh(
             f"max_basis is {max_basis}; expected at least {k + 2}, which is k + 2, or None for {2 * k + 20}"
         )
     max_basis = min(P, max_basis)
+    held = 2 * max_basis + 3 * (k + 1 + guards)
+    fix = f"pass a smaller k, max_basis={k + 2} (more products), or measure a block of the parameters"
+    require(held * P * A.dtype.itemsize, A.device, f"eigsh with k={k} of {P} rows, with {held} vectors,", fix)
     max_matvecs = max(k, max_matvecs if max_matvecs is not None else 300 + 20 * k)
     eps = torch.finfo(A.dtype).eps
 

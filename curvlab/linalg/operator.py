@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory import require
+
 
 @dataclass(frozen=True)
 class LinearOperator:
@@ -77,5 +79,11 @@ def from_scipy(A: Any, *, name: str = "A") -> LinearOperator:
 
 
 def dense(A: LinearOperator | Tensor) -> Tensor:
-    """All entries of A, (P, P), by P products: for small matrices and for tests."""
+    """All entries of A, (P, P), by P products: for small matrices and for tests.
+
+    Raises:
+        MemoryError: they would not fit in the memory that is free.
+    """
+    P = A.shape[0]
+    require(2 * P * P * A.dtype.itemsize, A.device, f"a dense matrix of {P} rows", "use eigsh or trace, which take products")
     return A @ torch.eye(A.shape[0], dtype=A.dtype, device=A.device)

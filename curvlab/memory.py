@@ -1,0 +1,49 @@
+"""How much memory there is, and the refusal of what cannot fit: where memory is overcommitted no allocation fails, and the
+system ends the process instead."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+SMALL = 2**26  # bytes, below which nobody looks
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+
+
+def total_bytes(device: torch.device) -> int:
+    """Of a GPU, or of the machine, or what the container that this process runs in may use of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    texts = [file.read_text().strip() for file in map(Path, LIMITS) if file.exists()]
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(int(text) for text in texts if text != "max")])
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be allocated: on a GPU with what torch has reserved, on the CPU without swapping."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free, status = total_bytes(device), Path("/proc/self/statm")
+    if status.exists():
+        free -= int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = min([free, *(2**10 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))])
+    return max(0, free)
+
+
+def require(count: int, device: torch.device, what: str, fix: str) -> None:
+    """Refuse `what`, which takes so many bytes, where they are not free.
+
+    Raises:
+        MemoryError: with both numbers and the fix.
+    """
+    if count > SMALL and count > (free := free_bytes(device)):
+        raise MemoryError(f"{what} takes {readable(count)}, and {readable(free)} are free on {device}; {fix}")
+
+
+def readable(count: int) -> str:
+    """Bytes as text, such as "1.5 GiB"."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
