@@ -25,18 +25,16 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import common
-import record
 import torch
 from torch import Tensor, nn
 
 import curvlab as cl
 from curvlab.hvp import HessianProducts
 from curvlab.problems import TIMED, timed_problem
-from curvlab.throughput import EAGER, Product, Speed, Start, compare, engine_start, probe
+from curvlab.throughput import EAGER, Product, Start, engine_start, probe
 
 ROUNDS = 12
 BATCHES = 4  # of a loader
@@ -48,31 +46,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=TIMED, help="default all")
     parser.add_argument("--compile", action="store_true", help="also the compiled engine: 10-150 s a model")
     chosen = parser.parse_args()
-    n, rounds = (16, 2) if chosen.quick else (None, ROUNDS)
-    rounds, models = chosen.rounds or rounds, chosen.models or (["mlp"] if chosen.quick else list(TIMED))
-    memory = {
-        (model, name): common.growth(prepared, model, n, name, chosen.device)
-        for model in models
-        for name in Contest(model, n, "cpu").starts(chosen.compile)  # names only; a GPU's first use is the processes'
-    }
-    results = []
-    for model in models:
-        contest = Contest(model, n, chosen.device)
-        print(f"\n{model}: N = {contest.L.size}, P = {contest.L.num_params}")
-        for speed in compare(contest.gradient, contest.starts(chosen.compile), contest.v, rounds=rounds):
-            row = {"model": model, **asdict(speed), "peak_bytes": memory[model, speed.name]}
-            results.append(row)
-            print(line(speed, row["peak_bytes"]))
-    settings = {
-        "quick": chosen.quick,
-        "rounds": rounds,
-        "device": device_name(chosen.device),
-        "models": {model: vars(Contest(model, n, "cpu"))["sizes"] for model in models},
-        "batches_of_loaders": BATCHES,
-        "peers": common.versions(*PEERS),
-    }
-    file = record.append({"benchmark": "bench_hvp", "settings": settings, "results": results}, chosen.records)
-    print(f"appended to {file}")
+    models = chosen.models or (["mlp"] if chosen.quick else list(TIMED))
+    common.contest(
+        "bench_hvp", chosen, Contest, lambda contest: contest.starts(chosen.compile), prepared,
+        models=models, rounds=ROUNDS, peers=PEERS, batches_of_loaders=BATCHES,
+    )  # fmt: skip
 
 
 class Contest:
@@ -176,21 +154,6 @@ def prepared(model: str, n: int | None, name: str, device: str) -> Callable[[], 
             product(contest.v)
 
     return job
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
-
-
-def line(speed: Speed, peak: int | None) -> str:
-    if speed.first_ratio is None or speed.per_second is None:
-        return f"{speed.name:30} {speed.note}"
-    odd = f"  differs by {speed.difference:.1e}" if (speed.difference or 0) > 1e-4 else ""
-    memory = "" if peak is None else f"{peak / 2**20:8.1f} MiB"
-    first = f"first {speed.first_ratio!s:18} then " if speed.first_ratio.median > 0.005 else ""
-    return (
-        f"{speed.name:30} {first}{speed.product_ratio!s:18} gradients, {speed.per_second:7.1f} a second {memory}{odd}"
-    )
 
 
 if __name__ == "__main__":

@@ -19,17 +19,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import common
-import record
 import torch
-from bench_hvp import Contest, line
+from bench_hvp import Contest
 from torch import Tensor, nn
 
 from curvlab.per_example import ExampleGradients
-from curvlab.throughput import Start, compare
+from curvlab.throughput import Start
 
 ROUNDS = 6
 MODELS = ("mlp", "mlp_300k", "cnn6", "gpt", "vit")
@@ -39,29 +37,8 @@ PEERS = ("opacus", "backpack")
 def main() -> None:
     parser = common.options(__doc__, "16 examples and 2 rounds of the smallest model", str(ROUNDS))
     chosen = parser.parse_args()
-    n, rounds = (16, 2) if chosen.quick else (None, ROUNDS)
-    rounds, models, results = chosen.rounds or rounds, MODELS[:1] if chosen.quick else MODELS, []
-    memory = {
-        (model, name): common.growth(prepared, model, n, name, chosen.device)
-        for model in models
-        for name in starts(Contest(model, n, "cpu"))
-    }
-    for model in models:
-        contest = Contest(model, n, chosen.device)
-        print(f"\n{model}: N = {contest.L.size}, P = {contest.L.num_params}")
-        for speed in compare(contest.gradient, starts(contest), contest.v, rounds=rounds):
-            row = {"model": model, **asdict(speed), "peak_bytes": memory[model, speed.name]}
-            results.append(row)
-            print(line(speed, row["peak_bytes"]))
-    settings = {
-        "quick": chosen.quick,
-        "rounds": rounds,
-        "device": chosen.device,
-        "models": {model: Contest(model, n, "cpu").sizes for model in models},
-        "peers": common.versions(*PEERS),
-    }
-    file = record.append({"benchmark": "bench_per_example", "settings": settings, "results": results}, chosen.records)
-    print(f"appended to {file}")
+    models = MODELS[:1] if chosen.quick else MODELS
+    common.contest("bench_per_example", chosen, Contest, starts, prepared, models=models, rounds=ROUNDS, peers=PEERS)
 
 
 def starts(contest: Contest) -> dict[str, Start]:

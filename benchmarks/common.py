@@ -11,13 +11,16 @@ import importlib.metadata
 import multiprocessing
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import record
 import torch
+
+from curvlab.throughput import Speed, compare
 
 PEERS = {
     "pyhessian": "pyhessian",
@@ -56,6 +59,66 @@ def versions(*names: str) -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:  # importable, without metadata
             found[name] = "unknown"
     return found
+
+
+def contest(
+    benchmark: str,
+    chosen: argparse.Namespace,
+    make: Callable[..., Any],
+    starts: Callable[[Any], Any],
+    prepared: Callable[..., Callable[[], Any]],
+    *,
+    models: Sequence[str],
+    rounds: int,
+    peers: Sequence[str],
+    **settings: Any,
+) -> None:
+    """Time every candidate on every model, with its memory in a fresh process; print, and append the record.
+
+    Args:
+        make: (model, examples or None, device) -> the problem, with `L`, `gradient`, `v` and `sizes`.
+        starts: problem -> candidates by name, as `curvlab.throughput.compare` takes them.
+        prepared: (model, examples or None, candidate, device) -> what a fresh process does while its memory is watched.
+        rounds: how often each candidate runs; 2 on 16 examples with ``--quick``.
+    """
+    n, few = (16, 2) if chosen.quick else (None, rounds)
+    rounds, results = chosen.rounds or few, []
+    memory = {
+        (model, name): growth(prepared, model, n, name, chosen.device)
+        for model in models
+        for name in starts(make(model, n, "cpu"))  # names only; a GPU's first use is the processes'
+    }
+    for model in models:
+        problem = make(model, n, chosen.device)
+        print(f"\n{model}: N = {problem.L.size}, P = {problem.L.num_params}")
+        for speed in compare(problem.gradient, starts(problem), problem.v, rounds=rounds):
+            results.append({"model": model, **asdict(speed), "peak_bytes": memory[model, speed.name]})
+            print(line(speed, memory[model, speed.name]))
+    settings = {
+        "quick": chosen.quick,
+        "rounds": rounds,
+        "device": device_name(chosen.device),
+        "models": {model: make(model, n, "cpu").sizes for model in models},
+        **settings,
+        "peers": versions(*peers),
+    }
+    file = record.append({"benchmark": benchmark, "settings": settings, "results": results}, chosen.records)
+    print(f"appended to {file}")
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
+
+
+def line(speed: Speed, peak: int | None) -> str:
+    if speed.first_ratio is None or speed.per_second is None:
+        return f"{speed.name:30} {speed.note}"
+    odd = f"  differs by {speed.difference:.1e}" if (speed.difference or 0) > 1e-4 else ""
+    memory = "" if peak is None else f"{peak / 2**20:8.1f} MiB"
+    first = f"first {speed.first_ratio!s:18} then " if speed.first_ratio.median > 0.005 else ""
+    return (
+        f"{speed.name:30} {first}{speed.product_ratio!s:18} gradients, {speed.per_second:7.1f} a second {memory}{odd}"
+    )
 
 
 def growth(prepare: Callable[..., Callable[[], Any]], *arguments: Any) -> int | None:

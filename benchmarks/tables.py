@@ -1,52 +1,67 @@
-"""The tables and the figure of the README's "How fast", from the last full record of each benchmark on each device.
+"""The tables and figures of pages, from the last full record of each benchmark on each device.
 
 python benchmarks/tables.py            # print the tables
-python benchmarks/tables.py --write    # put them between the marks in README.md, and draw benchmarks/figures/hvp.png
+python benchmarks/tables.py --write    # put them between their marks in the pages, and draw benchmarks/figures
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import record
+from failure_modes import OUTCOMES
+from matplotlib.figure import Figure
 
 from curvlab import plots
+from curvlab.plots import style
 from curvlab.throughput import Speed
 from curvlab.timing import Spread
 
-README = Path(__file__).parents[1] / "README.md"
-FIGURE = Path(__file__).parent / "figures" / "hvp.png"
-BEGIN, END = "<!-- speed: made by benchmarks/tables.py from the records, checked by a test -->", "<!-- end of speed -->"
+ROOT = Path(__file__).parents[1]
+FIGURES = Path(__file__).parent / "figures"
 MISSING = "No record yet: run the benchmarks, then `python benchmarks/tables.py --write`."
 Record = dict[str, Any]
+Table = Callable[[Record], list[str]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into README.md, with the figure")
+    parser.add_argument("--write", action="store_true", help="into the pages, with the figures")
     parser.add_argument("--records", type=Path, default=record.RECORDS, help="folder of the records")
     chosen = parser.parse_args()
-    text = tables(chosen.records)
-    print(text)
-    if chosen.write:
-        before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
-        found = latest("bench_hvp", chosen.records)
-        if found:
-            FIGURE.parent.mkdir(exist_ok=True)
-            plots.throughput(panels(next(iter(found.values())))).savefig(FIGURE, dpi=110)
+    for name, (page, _) in PAGES.items():
+        text = tables(name, chosen.records)
+        print(text, end="\n\n")
+        if chosen.write:
+            before, _, rest = (ROOT / page).read_text(encoding="utf-8").partition(begin(name))
+            after = rest.partition(end(name))[2]
+            (ROOT / page).write_text(f"{before}{begin(name)}\n{text}\n{end(name)}{after}", encoding="utf-8")
+    for name, (benchmark, draw) in DRAWN.items():
+        found = latest(benchmark, chosen.records)
+        if chosen.write and found:
+            FIGURES.mkdir(exist_ok=True)
+            draw(next(iter(found.values()))).savefig(FIGURES / f"{name}.png", dpi=110)
 
 
-def tables(folder: Path = record.RECORDS) -> str:
-    """All tables as markdown."""
+def begin(name: str) -> str:
+    return f"<!-- {name}: made by benchmarks/tables.py from the records, checked by a test -->"
+
+
+def end(name: str) -> str:
+    return f"<!-- end of {name} -->"
+
+
+def tables(name: str, folder: Path = record.RECORDS) -> str:
+    """All tables of a part of a page, as markdown."""
     parts = [
         part
-        for name, table in (("bench_hvp", products), ("bench_per_example", norms), ("bench_step", steps))
-        for found in latest(name, folder).values()
+        for benchmark, table in PAGES[name][1].items()
+        for found in latest(benchmark, folder).values()
         for part in table(found)
     ]
     return "\n\n".join(parts) or MISSING
@@ -99,6 +114,64 @@ def steps(found: Record) -> list[str]:
     ]
 
 
+def solvers(found: Record) -> list[str]:
+    """Medians over the points of a trajectory."""
+    heads = {1: "top eigenvalue", 5: "top five"}
+
+    def cell(row: Record) -> str:
+        count, cost = row["products"]["median"], row["gradients"]["median"]
+        return f"{count:.0f}, {cost:.0f}; {row['residual']:.0e}, {row['value_error']:.0e}"
+
+    return [
+        f"Products, and CPU time in gradients; residual, and error of the values, {conditions(found)}:",
+        grid(found, "solver", "k", heads, cell),
+    ]
+
+
+def memory(found: Record) -> list[str]:
+    budget, rows = found["settings"]["memory"], found["results"]
+    heads = {"graph": "kept graphs", "double_backward": "double backward"}
+    text = f"Peak of a gradient and two products with `memory={budget!r}`, MiB, {conditions(found)}:"
+    cases = {(row["n"], row["chunk_size"]): f"N = {row['n']}, chunks of {row['chunk_size']}" for row in rows}
+    named = found | {"results": [row | {"case": cases[row["n"], row["chunk_size"]]} for row in rows]}
+    return [text, grid(named, "case", "engine", heads, lambda row: mebibytes(row["peak_bytes"]))]
+
+
+def estimators(found: Record, budgets: tuple[int, int] = (16, 64)) -> list[str]:
+    settings = found["settings"]
+    places = [settings["budgets"].index(budget) for budget in budgets]
+    points = [(model, point) for model in settings["models"] for point in ("initialization", "trained")]
+    rows = [
+        row | {"case": (row["model"], row["point"]), "name": f"{row['quantity']}: {row['estimator']}"}
+        for row in found["results"]
+    ]
+
+    def cell(row: Record) -> str:
+        errors = [row["errors"][place] for place in places]
+        return ", ".join("-" if error is None else f"{error:.1%}" for error in errors)
+
+    return [
+        f"Relative error, root mean square over {settings['seeds']} seeds, after {budgets[0]} and {budgets[1]} products or passes:",
+        grid(found | {"results": rows}, "name", "case", {point: ", ".join(point) for point in points}, cell),
+    ]
+
+
+def scores(found: Record) -> list[str]:
+    """How often each library gave which kind of answer."""
+    libraries = {name: name for name in dict.fromkeys(row["library"] for row in found["results"])}
+    counts = Counter((row["outcome"], row["library"]) for row in found["results"])
+    rows = [{"outcome": o, "library": name, "count": counts[o, name]} for o in OUTCOMES for name in libraries]
+    return [grid({"results": rows}, "outcome", "library", libraries, lambda row: str(row["count"]))]
+
+
+def failures(found: Record) -> list[str]:
+    libraries = {name: name for name in dict.fromkeys(row["library"] for row in found["results"])}
+    rows = [row | {"case": f"{row['row']}: {row['title']}"} for row in found["results"]]
+    return [
+        grid({"results": rows}, "case", "library", libraries, lambda row: SHORT.get(row["outcome"], row["outcome"]))
+    ]
+
+
 def conditions(found: Record) -> str:
     environment = found["environment"]
     return f"one thread, {found['settings']['device']}, torch {environment['versions']['torch']}, medians"
@@ -143,6 +216,44 @@ def panels(found: Record) -> dict[str, list[Speed]]:
         out.setdefault(row["model"], []).append(Speed(**own))
     return out
 
+
+def speeds(found: Record) -> Figure:
+    return plots.throughput(panels(found))
+
+
+def errors(found: Record) -> Figure:
+    """The error of each estimator against products: a row for each quantity, a column for each model and point."""
+    cases = list(dict.fromkeys((row["model"], row["point"]) for row in found["results"]))
+    quantities = list(dict.fromkeys(row["quantity"] for row in found["results"]))
+    figure, axes = style.axes_of(len(quantities), len(cases), figsize=(13, 8), sharex=True, squeeze=False)
+    for line, quantity in zip(axes, quantities, strict=True):
+        for ax, case in zip(line, cases, strict=True):
+            own = [
+                row for row in found["results"] if (row["model"], row["point"], row["quantity"]) == (*case, quantity)
+            ]
+            for row, colour in zip(own, style.colours(len(own)), strict=True):
+                values = [float("nan") if error is None else error for error in row["errors"]]
+                ax.loglog(found["settings"]["budgets"], values, ".-", color=colour, lw=1, label=row["estimator"])
+            ax.set_title(f"{quantity}: {', '.join(case)}", fontsize=9, loc="left")
+        line[0].legend(fontsize=7)
+        line[0].set_ylabel("relative error")
+    figure.supxlabel("products, or passes over the data", fontsize=9)
+    return figure
+
+
+SHORT = {"named error": "named", "wrong": "**wrong**", "not applicable": "-"}
+PAGES: dict[str, tuple[str, dict[str, Table]]] = {  # parts of pages, and what they are made of
+    "speed": ("README.md", {"bench_hvp": products, "bench_per_example": norms, "bench_step": steps}),
+    "scores": ("README.md", {"failure_modes": scores}),
+    "failures": ("benchmarks/README.md", {"failure_modes": failures}),
+    "solvers": ("benchmarks/README.md", {"bench_eigsh": solvers}),
+    "memory": ("benchmarks/README.md", {"bench_memory": memory}),
+    "estimators": ("curvlab/docs/estimators.md", {"bench_estimators": estimators}),
+}
+DRAWN: dict[str, tuple[str, Callable[[Record], Figure]]] = {
+    "hvp": ("bench_hvp", speeds),
+    "estimators": ("bench_estimators", errors),
+}
 
 if __name__ == "__main__":
     main()

@@ -26,10 +26,10 @@ def records(folder: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def run(name: str, folder: Path) -> str:
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--records", str(folder)]
+def run(name: str, folder: Path, *options: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--records", str(folder), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -79,7 +79,7 @@ def test_kept_records_of_penalties_are_complete(record):
 
 
 def test_the_table_of_benchmarks_is_the_folder():
-    scripts = {file.stem for file in BENCHMARKS.glob("*.py")} - {"record", "common", "tables"}
+    scripts = {file.stem for file in BENCHMARKS.glob("*.py")} - {"record", "common", "tables", "libraries", "scenarios"}
     table = (BENCHMARKS / "README.md").read_text(encoding="utf-8").partition("Other libraries")[0]
     assert scripts == {part.split(".py")[0] for part in table.split("python benchmarks/")[1:]}
 
@@ -161,16 +161,80 @@ def test_steps_with_diagnostics_are_timed_and_their_errors_measured(tmp_path):
     assert all(row["gradients"]["median"] > 0 for row in record["results"])
 
 
+def failures(folder: Path, *options: str) -> dict[tuple[str, str], dict]:
+    run("failure_modes", folder, *options)
+    (record,) = records(folder, "failure_modes")
+    check(record, "failure_modes")
+    return {(row["title"], row["library"]): row for row in record["results"]}
+
+
+def test_failure_modes_of_libraries_are_compared(tmp_path):
+    found = failures(tmp_path, "--rows", "F8", "F40", "F49", "--libraries", "curvlab", "PyHessian")
+    assert {title: row["outcome"] for (title, library), row in found.items() if library == "curvlab"} == {
+        "a smaller last batch": "right",
+        "gradients that the user has accumulated": "right",
+        "NaN in a weight": "named error",
+    }
+    assert found["a smaller last batch", "PyHessian"]["outcome"] == "right"
+    spoilt = found["gradients that the user has accumulated", "PyHessian"]
+    assert spoilt["outcome"] == "wrong"
+    assert ".grad" in spoilt["changed"]
+    assert found["NaN in a weight", "PyHessian"]["detail"] == "nan"
+
+
+@pytest.mark.slow
+def test_curvlab_is_right_or_names_the_cause_in_every_row(tmp_path):
+    found = failures(tmp_path, "--libraries", "curvlab")
+    assert {title: row for (title, _), row in found.items() if row["outcome"] not in ("right", "named error")} == {}
+
+
+def test_every_failure_is_a_row_or_left_out_for_a_reason(scenarios):
+    rows = [row.number for row in scenarios.ROWS if row.number != "state"]
+    assert sorted({*rows, *scenarios.LEFT_OUT}, key=lambda name: int(name[1:])) == [f"F{i}" for i in range(1, 81)]
+    assert not set(rows) & set(scenarios.LEFT_OUT)
+    titles = [row.title for row in scenarios.ROWS]
+    assert len(set(titles)) == len(titles)
+
+
+def test_the_rule_for_named_errors(scenarios):
+    named = importlib.import_module("failure_modes").named
+    assert named("1 (BatchNorm1d) uses the statistics of the batch. Measure in mode='eval'", "BatchNorm")
+    assert not named("1 (BatchNorm1d) uses the statistics of the batch", "BatchNorm")  # says nothing of what to do
+    assert not named("the loss differs between two evaluations. Measure in mode='eval'", "BatchNorm")  # names no module
+    assert not named("Trying to use forward AD with mkldnn_rnn_layer", "mkldnn")
+
+
+@pytest.mark.slow
+def test_errors_of_estimators_are_measured(tmp_path):
+    run("bench_estimators", tmp_path)
+    (record,) = records(tmp_path, "bench_estimators")
+    check(record, "bench_estimators")
+    found = {(row["point"], row["quantity"], row["estimator"]): row["errors"] for row in record["results"]}
+    assert {quantity for _, quantity, _ in found} == {"tr(H S_b)", "tr(F)", "tr(H)"}
+    for point in ("initialization", "trained"):
+        assert found[point, "tr(H S_b)", "signs, control"] == [None, None]  # the search takes more
+        assert all(error < 0.1 for error in found[point, "tr(H S_b)", "signs, control at hand"])
+        assert all(0 < error < 1 for error in found[point, "tr(H)", "Hutch++"])
+
+
+@pytest.fixture
+def scenarios(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("scenarios")
+
+
 @pytest.fixture
 def tables(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module("tables")
 
 
-def test_the_tables_of_the_readme_are_those_of_the_records(tables):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.partition(tables.BEGIN)[2].partition(tables.END)[0].strip() == tables.tables()
-    assert tables.FIGURE.exists() == bool(tables.latest("bench_hvp", BENCHMARKS / "records"))
+def test_the_tables_of_pages_are_those_of_the_records(tables):
+    for name, (page, _) in tables.PAGES.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert text.partition(tables.begin(name))[2].partition(tables.end(name))[0].strip() == tables.tables(name), name
+    for name, (benchmark, _) in tables.DRAWN.items():
+        assert (tables.FIGURES / f"{name}.png").exists() == bool(tables.latest(benchmark, BENCHMARKS / "records"))
 
 
 def test_tables_take_the_last_full_record_of_each_device(tables, tmp_path):
@@ -185,7 +249,7 @@ def test_tables_take_the_last_full_record_of_each_device(tables, tmp_path):
 
     lines = [made("a GPU", False, 7.0), made("cpu", False, 1.5), made("cpu", False, 1.75), made("cpu", True, 9.0)]
     (tmp_path / "bench_hvp.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = tables.tables(tmp_path)
+    text = tables.tables("speed", tmp_path)
     assert "| curvlab graph | 1.75 |" in text
     assert "| other | - |" in text
     assert text.index("1.75") < text.index("7.00")
@@ -194,7 +258,7 @@ def test_tables_take_the_last_full_record_of_each_device(tables, tmp_path):
     (panel,) = tables.panels(lines[1]).values()
     assert [speed.name for speed in panel] == ["curvlab graph", "other"]
     assert plots.throughput({"mlp": panel}).axes[0].get_title(loc="left") == "mlp"
-    assert tables.tables(tmp_path / "nothing") == tables.MISSING
+    assert tables.tables("speed", tmp_path / "nothing") == tables.MISSING
 
 
 def test_growth_of_memory_is_that_of_the_job_in_a_fresh_process(monkeypatch):
