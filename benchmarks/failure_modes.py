@@ -55,15 +55,15 @@ FIX = re.compile(  # an imperative
 
 def main() -> None:
     parser = common.options(__doc__, f"rows {', '.join(QUICK)}", "once")
-    parser.add_argument("--rows", nargs="*", help="numbers of rows; default all")
+    parser.add_argument("--rows", nargs="*", help="numbers of rows; default, and without any, all")
     parser.add_argument("--libraries", nargs="*", choices=LIBRARIES, help="default those that are installed")
     parser.add_argument("--timeout", type=float, default=120, help="seconds that an answer may take")
     chosen = parser.parse_args()
-    wanted = chosen.rows or (QUICK if chosen.quick else None)
+    wanted = (QUICK if chosen.quick else ()) if chosen.rows is None else chosen.rows
     names = [name for name in chosen.libraries or LIBRARIES if common.peer(LIBRARIES[name][0])]
     results = []
     for i, row in enumerate(ROWS):
-        if wanted is None or row.number in wanted:
+        if not wanted or row.number in wanted:
             for name in names:
                 who = {"row": row.number, "title": row.title, "library": name}
                 results.append(who | asked(i, name, chosen.timeout))
@@ -72,7 +72,7 @@ def main() -> None:
         found = Counter(one["outcome"] for one in results if one["library"] == name)
         print(f"{name:20}", ", ".join(f"{found[outcome]} {outcome}" for outcome in OUTCOMES))
     settings = {
-        "quick": chosen.quick or wanted is not None, "device": "cpu", "tolerances": TOLERANCES,
+        "quick": chosen.quick or bool(wanted) or bool(chosen.libraries), "device": "cpu", "tolerances": TOLERANCES,
         "peers": common.versions(*(LIBRARIES[name][0] for name in names if name != "curvlab")),
     }  # fmt: skip
     file = record.append({"benchmark": "failure_modes", "settings": settings, "results": results}, chosen.records)

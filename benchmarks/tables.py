@@ -150,8 +150,9 @@ def estimators(found: Record, budgets: tuple[int, int] = (16, 64)) -> list[str]:
         errors = [row["errors"][place] for place in places]
         return ", ".join("-" if error is None else f"{error:.1%}" for error in errors)
 
+    one, two = budgets
     return [
-        f"Relative error, root mean square over {settings['seeds']} seeds, after {budgets[0]} and {budgets[1]} products or passes:",
+        f"Relative error, root mean square over {settings['seeds']} seeds, after {one} and {two} products or passes:",
         grid(found | {"results": rows}, "name", "case", {point: ", ".join(point) for point in points}, cell),
     ]
 
