@@ -236,6 +236,8 @@ def errors(found: Record) -> Figure:
                 values = [float("nan") if error is None else error for error in row["errors"]]
                 ax.loglog(found["settings"]["budgets"], values, ".-", color=colour, lw=1, label=row["estimator"])
             ax.set_title(f"{quantity}: {', '.join(case)}", fontsize=9, loc="left")
+            ax.set_xticks(found["settings"]["budgets"], [str(b) for b in found["settings"]["budgets"]])
+            ax.minorticks_off()
         line[0].legend(fontsize=7)
         line[0].set_ylabel("relative error")
     figure.supxlabel("products, or passes over the data", fontsize=9)
