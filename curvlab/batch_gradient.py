@@ -60,8 +60,10 @@ class BatchGradient:
         self.pieces = L.pieces(batch, checked_size(micro_batch_size))
         self.terms = [term for term in terms(penalties) if term[0]]
         for _, entry, _ in self.terms:
+            L.ranks.require_one(f"micro-batches of the penalty {entry.name}")
             require(L, entry)
-        self.size = sum(piece.size for piece in self.pieces)
+        here = torch.tensor(sum(piece.size for piece in self.pieces), device=L.device)
+        self.size = int(L.ranks.sum(here)[0])
         self.penalties: dict[str, float] = {}
         self.penalty = 0.0
         self.micro_norms: list[float] | None = None
@@ -96,12 +98,25 @@ class BatchGradient:
                 squares.append(vars(m).get("squared_gradient_norm"))
                 _backward(objective)
                 total += float(m.losses.detach().double().sum()) / self.size
+        total = self._summed(total)
         sums = [float(torch.stack(found).double().sum()) for found in values]
         self.penalties = {entry.name: value for (_, entry, _), value in zip(self.terms, sums, strict=True)}
         self.penalty = sum(strength * value for (strength, _, _), value in zip(self.terms, sums, strict=True))
         free = [float(square.detach().sqrt()) for square in squares if square is not None]
         self.micro_norms = free if len(free) == len(squares) else None
         return total
+
+    def _summed(self, total: float) -> float:
+        """The gradient of all ranks in `.grad`, and their loss."""
+        ranks = self.L.ranks
+        if ranks.count == 1:
+            return total
+        params = [p for p in self.L._call.parameters() if p.requires_grad]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        loss, *summed = ranks.sum(torch.tensor(total, dtype=torch.float64, device=self.L.device), *grads)
+        for p, grad in zip(params, summed, strict=True):
+            p.grad = grad.clone()
+        return float(loss)
 
     def micro(self, i: int) -> float:
         """The gradient of the i-th micro-batch's mean loss in `.grad`, without penalties; returns that loss."""

@@ -21,17 +21,25 @@ from torch.utils.data import (
 )
 
 from .guard import random_states
+from .ranks import Ranks
 
 
 class Examples:
     """N examples in a fixed order, kept as one or more batches.
 
-    Batches of equal trailing shapes are joined into one, so that the split in which the data came is forgotten.
+    Batches of equal trailing shapes are joined into one, so that the split in which the data came is forgotten. Of several
+    ranks each keeps its part of the examples; positions and indices are those among all N.
+
+    Attributes:
+        size: N.
+        offsets: positions at which the batches that are kept begin, and the end of the last.
     """
 
-    def __init__(self, data: Any, *, pairs: bool) -> None:
+    def __init__(self, data: Any, *, pairs: bool, ranks: Ranks | None = None) -> None:
+        ranks = ranks or Ranks()
         with torch.inference_mode(False), random_states():  # reading may draw random numbers
-            batches = [tree_map(_ordinary, batch) for batch in _read(data, pairs)]
+            read, n = _read(data, pairs, ranks)
+            batches = [tree_map(_ordinary, batch) for batch in read]
         if pairs:
             batches = [_labelled_pair(batch) for batch in batches]
         odd = next((batch for batch in batches if pairs and not _is_pair(batch)), None)
@@ -45,12 +53,17 @@ class Examples:
                 "data holds no batch; pass (inputs, targets), a Dataset, a DataLoader or a list of batches"
             )
         sizes = [batch_size(batch) for batch in batches]
+        self.size = sum(sizes) if n is None else n
+        part = ranks.part(self.size)
+        if n is None and ranks.count > 1:
+            batches, sizes = _within(batches, sizes, part)
         if len(batches) > 1 and len({_signature(batch) for batch in batches}) == 1:
             batches = [_join(batches)]
             sizes = [sum(sizes)]
+        if part.stop == part.start:  # one example is kept, which shows what examples look like
+            sizes = [0]
         self.batches = batches
-        self.offsets = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        self.size = self.offsets[-1]
+        self.offsets = [part.start + sum(sizes[:i]) for i in range(len(sizes) + 1)]
 
     def __len__(self) -> int:
         return self.size
@@ -72,8 +85,11 @@ class Examples:
             )
         if not len(index):
             raise ValueError("the indices are empty; pass at least one")
+        index = index[(index >= self.offsets[0]) & (index < self.offsets[-1])]  # those that are kept here
+        if not len(index):
+            return []
         if len(self.batches) == 1:
-            return [(index, take(self.batches[0], index))]
+            return [(index, take(self.batches[0], index - self.offsets[0]))]
         owner = torch.bucketize(index, torch.tensor(self.offsets[1:]), right=True)
         runs = torch.unique_consecutive(owner, return_counts=True)
         parts = zip(index.split(runs[1].tolist()), runs[0].tolist(), strict=True)
@@ -82,8 +98,9 @@ class Examples:
     def first(self, count: int) -> tuple[slice, Any]:
         """At most `count` examples of the largest batch: (their positions, the batch)."""
         i = max(range(len(self.batches)), key=lambda i: self.offsets[i + 1] - self.offsets[i])
-        start, stop = self.offsets[i], min(self.offsets[i] + count, self.offsets[i + 1])
-        return slice(start, stop), take(self.batches[i], slice(0, stop - start))
+        start = self.offsets[i] if self.offsets[i + 1] > self.offsets[i] else 0  # an empty part shows the first of all
+        size = min(count, batch_size(self.batches[i]))
+        return slice(start, start + size), take(self.batches[i], slice(0, size))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor, such as by a copy on another device."""
@@ -256,8 +273,11 @@ class Batches:
                 yield from batches.flip(0) if self.order == "alternating" and epoch % 2 else batches
 
 
-def _read(data: Any, pairs: bool) -> list[Any]:
-    """The batches in `data`; `pairs`: a batch is (inputs, targets), which settles what a pair of tensors is."""
+def _read(data: Any, pairs: bool, ranks: Ranks) -> tuple[list[Any], int | None]:
+    """The batches in `data`, and None; of a data set that is read item by item those of this rank, and the number of all.
+
+    `pairs`: a batch is (inputs, targets), which settles what a pair of tensors is.
+    """
     if isinstance(data, DataLoader):
         if isinstance(data.dataset, IterableDataset):
             raise TypeError(
@@ -266,22 +286,36 @@ def _read(data: Any, pairs: bool) -> list[Any]:
             )
         _visits_all(data)
         if data.batch_sampler is None:  # automatic batching is off: an item of the dataset is a batch
-            return _items(data.dataset, lambda items: data.collate_fn(items[0]), 1)
-        return _items(data.dataset, data.collate_fn, data.batch_size or 1)
+            return _items(data.dataset, lambda items: data.collate_fn(items[0]), 1)[0], None
+        return _items(data.dataset, data.collate_fn, data.batch_size or 1, ranks)
     if isinstance(data, Dataset):
-        return _items(data, default_collate, 1)
+        return _items(data, default_collate, 1, ranks)
     if hasattr(data, "features") and hasattr(data, "__getitem__"):  # of Hugging Face datasets
-        return _items(data, default_collate, 1)
+        return _items(data, default_collate, 1, ranks)
     if isinstance(data, Tensor | Mapping) or (dataclasses.is_dataclass(data) and not isinstance(data, type)):
-        return [data]
+        return [data], None
     if isinstance(data, Sequence):
         if pairs:
-            return [data] if len(data) == 2 and not all(_is_pair(_labelled_pair(item)) for item in data) else list(data)
-        return [data] if isinstance(data, tuple) and all(isinstance(item, Tensor) for item in data) else list(data)
+            whole = len(data) == 2 and not all(_is_pair(_labelled_pair(item)) for item in data)
+        else:
+            whole = isinstance(data, tuple) and all(isinstance(item, Tensor) for item in data)
+        return [data] if whole else list(data), None
     raise TypeError(
         f"data is a {type(data).__name__}, which may not give the same batches twice; pass (inputs, targets) "
         "tensors, a Dataset, a DataLoader, or a list of batches such as list(iterator)"
     )
+
+
+def _within(batches: list[Any], sizes: list[int], part: slice) -> tuple[list[Any], list[int]]:
+    """What the positions `part` have of batches; the first example alone if that is nothing."""
+    out, start = [], 0
+    for batch, size in zip(batches, sizes, strict=True):
+        lo, hi = max(part.start - start, 0), min(part.stop - start, size)
+        if lo < hi:
+            out.append((tree_map(torch.clone, take(batch, slice(lo, hi))), hi - lo))
+        start += size
+    out = out or [(tree_map(torch.clone, take(batches[0], slice(0, 1))), 0)]
+    return [batch for batch, _ in out], [size for _, size in out]
 
 
 def _visits_all(loader: DataLoader) -> None:
@@ -299,8 +333,13 @@ def _visits_all(loader: DataLoader) -> None:
         )
 
 
-def _items(dataset: Any, collate: Callable[[list[Any]], Any], group: int) -> list[Any]:
-    """A map-style dataset read in its own order, `group` items to a batch: samplers may draw from global generators."""
+def _items(
+    dataset: Any, collate: Callable[[list[Any]], Any], group: int, ranks: Ranks | None = None
+) -> tuple[list[Any], int]:
+    """A map-style dataset, of which this rank reads its part in its own order, `group` items to a batch, and its length.
+
+    Samplers are not asked: they may draw from global generators.
+    """
     if not hasattr(dataset, "__len__"):
         raise TypeError(f"{type(dataset).__name__} has no length; pass a list of batches")
     n = len(dataset)
@@ -315,7 +354,10 @@ def _items(dataset: Any, collate: Callable[[list[Any]], Any], group: int) -> lis
                 f"reading example {i} of the dataset twice gives different values, as random augmentation "
                 "does; measure on a fixed set: pass the dataset without augmentation"
             )
-    return [collate([dataset[i] for i in range(lo, min(lo + group, n))]) for lo in range(0, n, group)]
+    part = (ranks or Ranks()).part(n)
+    groups = range(part.start, part.stop, group)
+    batches = [collate([dataset[i] for i in range(lo, min(lo + group, part.stop))]) for lo in groups]
+    return batches or [collate([dataset[0]])], n
 
 
 def _labelled_pair(batch: Any) -> Any:

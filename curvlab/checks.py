@@ -162,6 +162,23 @@ def live_module(L: Objective, kinds: tuple[type, ...]) -> str | None:
     return None
 
 
+def alike(L: Objective) -> None:
+    """Refuse ranks that hold other weights, and what several ranks cannot do.
+
+    Raises:
+        ValueError: naming what differs, or the module.
+    """
+    if L.ranks.count == 1:
+        return
+    L.ranks.agree("weights", L.params())
+    coupling = live_module(L, COUPLING)
+    if L.mode == "train" or coupling:
+        raise ValueError(
+            f"{coupling or 'the dropout masks of ' + repr(L.mode) + ' mode'} would depend on how the data are divided among "
+            f"{L.ranks.count} ranks; measure in mode='eval', with tracked statistics"
+        )
+
+
 def deterministic_mean(L: Objective) -> None:
     """Refuse a loss that is not finite, not deterministic, or not a mean over examples.
 

@@ -72,6 +72,7 @@ class HessianProducts:
 
     _points: list[ChunkGradient]
     _value_and_gradient: tuple[Tensor, Tensor] | None
+    _sums: tuple[Tensor, Tensor] | None
 
     def __init__(
         self,
@@ -101,13 +102,16 @@ class HessianProducts:
         self._checked = objective.checked is not None and not again
         self._many = expected is not None and expected >= MANY
         self._recordings = recordings(objective)
+        self._value_and_gradient = None
+        objective.ranks.agree("the point", self.w)
         self._cut()
-        self.size = sum(chunk.size for chunk in self.chunks)
 
     def value_and_gradient(self) -> tuple[Tensor, Tensor]:
         """L(w), float64 scalar, and ∇L(w), (P,); builds the kept graphs on first use."""
         if self._value_and_gradient is None:
-            self._value_and_gradient = self.objective.fitting(self._built, self._forget)
+            value, gradient = self.objective.fitting(self._built, self._forget)
+            value, gradient = self.objective.mean(self._count, value, gradient)
+            self._value_and_gradient = value, gradient
         return self._value_and_gradient
 
     def matmat(self, V: Tensor) -> Tensor:
@@ -116,7 +120,9 @@ class HessianProducts:
             forward = self._asked == "forward_over_reverse"
             check_products(self.objective, self.w, forward=forward, constants=self.constants)
             self._checked = True
-        return self.objective.fitting(lambda: self._product(V), self._forget)
+        self.objective.ranks.agree("the vectors of a product", V)
+        total = self.objective.fitting(lambda: self._product(V), self._forget)
+        return self.objective.mean(self._count, total)[0]
 
     @property
     def reason(self) -> str:
@@ -135,7 +141,7 @@ class HessianProducts:
     @property
     def captures(self) -> list[Capture]:
         """What was heard of the layers while the graphs were built, a capture for each chunk that had room."""
-        self.value_and_gradient()
+        self.objective.fitting(self._built, self._forget)
         return [point.capture for point in self._points if point.capture is not None]
 
     def _forget(self) -> None:
@@ -147,36 +153,40 @@ class HessianProducts:
         self.chunks = self.objective.pieces(self._batch, self.objective.chunk_size)
         self.engine = self._chosen(self._asked)
         self.kept = min(len(self.chunks), self._room())
-        self._points, self._value_and_gradient = [], None
+        self._count = sum(chunk.size for chunk in self.chunks)
+        self._points, self._sums = [], None
 
     def _built(self) -> tuple[Tensor, Tensor]:
+        """Loss and gradient summed over this rank's chunks, whose graphs are built and kept at the first call."""
+        if self._sums is not None:
+            return self._sums
         L = self.objective
-        points, values, gradient = [], [], torch.empty(0)
+        points, value, gradient = [], torch.zeros((), dtype=torch.float64, device=L.device), torch.zeros_like(self.w)
         owners, room = layers_of(L) if self._listens else None, L.memory / 4
         with L.measuring(self.constants):
             for i in range(len(self.chunks)):
                 point = self._at(i, owners if i < self.kept and room > 0 else None)
-                values.append(point.value)
+                value += point.value
                 gradient = gradient.add_(point.gradient) if i else point.gradient
                 if i < self.kept:
                     points.append(point)
                     room -= point.capture.nbytes if point.capture else 0
         self._points = points  # all of them or, after an error, none
-        return torch.stack(values).sum() / self.size, gradient.div_(self.size)
+        self._sums = value, gradient
+        return self._sums
 
     def _product(self, V: Tensor) -> Tensor:
         L = self.objective
         if self.kept:
-            self.value_and_gradient()
-        if not V.shape[1]:
+            self._built()
+        if not (V.shape[1] and self.chunks):
             return torch.zeros_like(V)
         columns: list[Tensor] = []
         with L.measuring(self.constants):
             for i in range(len(self.chunks)):
                 found = self._columns(*self._products_of_chunk(i), V)
                 columns = [a.add_(b) for a, b in zip(columns, found, strict=True)] if columns else found
-        total = columns[0][:, None] if len(columns) == 1 else torch.stack(columns, 1)
-        return total.div_(self.size)
+        return columns[0][:, None] if len(columns) == 1 else torch.stack(columns, 1)
 
     def _products_of_chunk(self, i: int) -> tuple[Product, Product]:
         """Products with one vector (P,), and with the rows of (K, P)."""
@@ -214,7 +224,8 @@ class HessianProducts:
         return int(self.kept * each)
 
     def _recorded_bytes(self) -> int:
-        needed = max(self._recordings.of(chunk).nbytes for chunk in map(self.objective.place, self.chunks))
+        placed = map(self.objective.place, self.chunks)
+        needed = max((self._recordings.of(chunk).nbytes for chunk in placed), default=1)
         return 2 * needed if self.objective.device.type in CAPTURES_ON else needed  # with what a captured graph computes in
 
     def _room(self) -> int:

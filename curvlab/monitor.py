@@ -132,8 +132,11 @@ class Monitor:
         self.given_lr = lr
         self.batch_size, self.replacement = _batch_size(batch_size), replacement
         self.budget = None if budget is None else Budget(budget)
-        self.trackers: list[Any] = list(log) if isinstance(log, list | tuple) else [log]
-        self.announce = announce or (lambda text: None)
+        if budget is not None:  # seconds differ from rank to rank, and what is due may not
+            L.ranks.require_one("measurements within a budget of time")
+        first = _rank() == 0
+        self.trackers: list[Any] = (list(log) if isinstance(log, list | tuple) else [log]) if first else []
+        self.announce = announce if announce and first else (lambda text: None)
         require(self.plan, {
             "batch_size": self.batch_size, "lr": self.lr, "test": test, "batch_gradient": self.optimizer,
         })  # fmt: skip
@@ -150,7 +153,7 @@ class Monitor:
         if self.optimizer is not None:
             self._hook = self.optimizer.register_step_post_hook(self._stepped)
         self.run: Run | None = None
-        if run is not None and _rank() == 0:
+        if run is not None and first:
             settled = {**(config or {}), "training": self.describe()}
             self.run = Run.resume(run, settled) if resume else Run.create(run, settled)
 
@@ -173,8 +176,8 @@ class Monitor:
         """
         was = {"last": self._last, "counts": dict(self._counts)}
         step = self._step(step)
-        if step is None or _rank() != 0:
-            return {}
+        if step is None or (_rank() != 0 and self.L.ranks.count == 1):
+            return {}  # one process measures, unless the objective is shared by several
         plan, updates = self._due(step)
         if not plan and not updates:
             return {}
@@ -308,7 +311,7 @@ class Monitor:
 
     def _foretell(self, at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> None:
         """Say what is about to be measured for the first time will cost."""
-        if not plan:
+        if not plan or self.L.ranks.count > 1:
             return
         try:
             found = rehearse(at, plan)

@@ -19,6 +19,7 @@ from .batches import Examples, batch_size, leaves, take, tree_map
 from .guard import measuring, out_of_memory, seed_random_layers
 from .losses import Averaged, BatchLoss, Loss, correct, cross_entropy, logits, reads_logits, resolve
 from .memory import require
+from .ranks import Ranks
 from .unwrap import unwrap
 
 _log = logging.getLogger("curvlab")
@@ -77,6 +78,9 @@ class Objective:
         parameters: the variables, where they are not all that `requires_grad`: names of parameters or modules, or patterns,
             such as ``"head"`` or ``["blocks.*.weight", "norm"]``; or a function (name, parameter) -> bool, such as
             ``lambda name, p: "embed" not in name``. H is then that block of the Hessian.
+        group: of torch.distributed processes, "world" for all of them, that share the work: each keeps its contiguous part
+            of `data`, which all are given whole, and all make the same calls, from the same weights. Results are those of
+            one process, on every rank.
 
     Raises:
         ValueError, TypeError: what would give a silently wrong number: nothing to train, mixed or half-precision or
@@ -109,6 +113,7 @@ class Objective:
         population_size: int | None = None,
         parameters: checks.Which | None = None,
         check: Check = "first",
+        group: Any = None,
     ) -> None:
         if check not in ("first", "always", "never"):
             raise ValueError(f"check is {check!r}; expected 'first', 'always' or 'never'")
@@ -116,6 +121,7 @@ class Objective:
             raise ValueError(f"mode is {mode!r}; expected 'eval' or 'train'")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size is {chunk_size}; expected at least 1 example")
+        self.ranks = Ranks(group)
         self.model = unwrap(model)
         self.loss = resolve(loss)
         self.mode = mode
@@ -131,10 +137,11 @@ class Objective:
         self.sizes = [p.numel() for p in self._variables.values()]
         self.num_params = sum(self.sizes)
         self.memory = checks.memory_bytes(memory, self.device)
-        self.examples = Examples(data, pairs=not isinstance(self.loss, BatchLoss))
+        self.examples = Examples(data, pairs=not isinstance(self.loss, BatchLoss), ranks=self.ranks)
         self.size = self.examples.size
-        if isinstance(self.loss, Averaged) and all(self.loss.unweighted(y) for _, y in self.examples.batches):
-            self.loss = cross_entropy
+        if isinstance(self.loss, Averaged):
+            plain = all(self.loss.unweighted(y) for _, y in self.examples.batches)
+            self.loss = cross_entropy if self.ranks.all(plain) else self.loss
         self._call = _Evaluation(self.model, self.loss)
         checks.finite_data(self.examples)
         with torch.inference_mode(False):
@@ -146,6 +153,7 @@ class Objective:
             self.mean_weight, self.weights = self._scaled(weights)
         self.population_size = checks.population(population_size, self.size, self.weights is not None)
         self.given_chunk_size = chunk_size
+        checks.alike(self)
         checks.deterministic_mean(self)
         checks.no_recomputation(self)
         checks.class_indices(self)
@@ -201,7 +209,7 @@ class Objective:
             for chunk in self.chunks(batch):
                 total += self.losses(params, chunk).double().sum()
                 count += chunk.size
-            return total / count
+        return self.mean(count, total)[0]
 
     def _gradient(self, w: Tensor | None, batch: Any) -> Tensor:
         with self.measuring():
@@ -211,7 +219,21 @@ class Objective:
                 value = self.losses(params, chunk).sum()
                 total += self.join(self.grads(value, params))
                 count += chunk.size
-            return total / count
+        return self.mean(count, total)[0]
+
+    def mean(self, count: int, *totals: Tensor) -> list[Tensor]:
+        """Sums over `count` examples of this rank as means over those of all ranks; the sums are overwritten."""
+        if self.ranks.count == 1:
+            return [total.div_(count) for total in totals]
+        *sums, n = self.ranks.sum(*totals, torch.tensor(count, dtype=torch.float64, device=self.device))
+        return [total.div_(n) for total in sums]
+
+    def rows(self, function: Callable[[Chunk], Tensor], batch: Any = None) -> Tensor:
+        """What a function of chunks, -> (B, ...), gives for all examples, on every rank, (N, ...)."""
+        if batch is not None:
+            self.ranks.require_one("rows of a batch")
+        found = [function(chunk) for chunk in self.chunks(batch)]
+        return self.ranks.gather(torch.cat(found or [function(self.first(1))[:0]]), self.size)
 
     def example_gradients(self, w: Tensor | None = None, batch: Any = None) -> Tensor:
         """s_i ∇ℓ_i(w) for every example of a batch (default: all), (B, P): B times the memory of a gradient.
@@ -228,7 +250,7 @@ class Objective:
         require(2 * count * self.num_params * self.dtype.itemsize, self.device, what, fix)
         with self.measuring():
             params = [p.detach() for p in self.leaves_at(w)]
-            return torch.cat([self.chunk_gradients(params, chunk) for chunk in self.chunks(batch)])
+            return self.rows(lambda chunk: self.chunk_gradients(params, chunk), batch)
 
     def accuracy(self, w: Tensor | None = None) -> Tensor | None:
         """Share of examples whose largest output is the target class, a float64 scalar; None without classes."""
@@ -239,9 +261,10 @@ class Objective:
             for chunk in self.chunks():
                 right = correct(self.outputs(params, chunk), chunk.batch[1])
                 if right is None:
-                    return None
+                    break
                 hits += (right if chunk.weights is None else right * chunk.weights).double().sum()
-            return hits / self.size
+            known = not self.pieces() or right is not None
+            return self.ranks.sum(hits)[0] / self.size if self.ranks.all(known) else None
 
     # -- what operators are made of ---------------------------------------------------------------------------------
 
@@ -326,6 +349,7 @@ class Objective:
 
     def restricted(self, index: Tensor) -> Objective:
         """The same objective of some of the examples, which keep their weights."""
+        self.ranks.require_one("some of the examples")
         other = copy.copy(self)
         parts = [batch for _, batch in self.examples.select(index)]
         other.examples = Examples(parts, pairs=not isinstance(self.loss, BatchLoss))
@@ -554,7 +578,8 @@ class Objective:
         """The mean weight, and the weights of the examples over it; None where all are the same."""
         if self._weigh is not None:
             parts = [part for batch in self.examples.batches if (part := self._weigh(batch)) is not None]
-            weights = torch.cat(parts) if parts else None
+            here = self.examples.offsets[-1] - self.examples.offsets[0]
+            weights = self.ranks.gather(torch.cat(parts)[:here], self.size) if parts else None
         if weights is None:
             return 1.0, None
         weights = torch.as_tensor(weights).detach().clone().to(self.device, torch.float64)

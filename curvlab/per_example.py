@@ -13,6 +13,7 @@ from .layers import Part, Rows
 from .memory import require
 from .objective import Chunk, Objective
 
+FORMED = 64  # example gradients that are formed at once
 Scalars = Callable[[list[Tensor], Chunk], Tensor]
 
 
@@ -67,12 +68,13 @@ class ExampleGradients:
         """‖g_i‖², (N,) float64."""
         if self._squared_norms is None:
             norms = [_total(p.squared_norms() for p in parts) for _, parts in self._captures()]
-            self._squared_norms = torch.cat(norms)
+            self._squared_norms = self._of_all(norms, self.w.new_zeros(0, dtype=torch.float64))
         return self._squared_norms
 
     def dot(self, V: Tensor) -> Tensor:
         """g_i·v_k, (N, K), for V of shape (P, K)."""
-        return torch.cat([_total(p.dot(V) for p in parts) for _, parts in self._captures()])
+        self.objective.ranks.agree("the vectors of a product", V)
+        return self._of_all([_total(p.dot(V) for p in parts) for _, parts in self._captures()], V[:0])
 
     def combine(self, C: Tensor) -> Tensor:
         """Σ_i c_ik g_i, (P, K), for coefficients C of shape (N, K)."""
@@ -80,7 +82,7 @@ class ExampleGradients:
         for chunk, parts in self._captures():
             for p in parts:
                 p.add_combination(C[chunk.positions], total)
-        return total
+        return self.objective.ranks.sum(total)[0]
 
     def gram(self) -> Tensor:
         """g_i·g_j, (N, N): memory N², and one pass over pairs of chunks.
@@ -92,6 +94,11 @@ class ExampleGradients:
         fix = "measure fewer examples: L.restricted(indices)"
         require(L.size**2 * L.dtype.itemsize, L.device, f"the Gram matrix of {L.size} examples", fix)
         out = torch.empty(L.size, L.size, dtype=L.dtype, device=L.device)
+        if L.ranks.count > 1:  # the gradients of some examples at a time, formed where they are
+            for lo in range(0, L.size, FORMED):
+                some = torch.eye(L.size, dtype=L.dtype, device=L.device)[:, lo : lo + FORMED]
+                out[:, lo : lo + FORMED] = self.dot(self.combine(some))
+            return out
         for chunk, parts in self._captures():
             for other, others in self._captures():
                 if other.positions.start >= chunk.positions.start:
@@ -102,6 +109,10 @@ class ExampleGradients:
                     out[chunk.positions, other.positions] = block
                     out[other.positions, chunk.positions] = block.T
         return out
+
+    def _of_all(self, rows: list[Tensor], empty: Tensor) -> Tensor:
+        """Rows of this rank's chunks as those of all examples."""
+        return self.objective.ranks.gather(torch.cat(rows or [empty]), self.objective.size)
 
     def _captures(self) -> Iterator[tuple[Chunk, list[Part]]]:
         L = self.objective

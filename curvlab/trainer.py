@@ -132,7 +132,7 @@ def train(
         "batch_size": training.batch_size, "lr": learning_rate(optimizer), "test": test, "batch_gradient": True,
         "trained": training.trained,
     })  # fmt: skip
-    if run is not None:
+    if run is not None and L.ranks.rank == 0:
         settled = {**(config or {}), "training": training.describe(terms)}
         training.log = Run.resume(run, settled) if resume else Run.create(run, settled)
     return training.steps()
@@ -293,19 +293,12 @@ class _Training:
 
     def _restored(self) -> dict[str, Any] | None:
         """The last checkpoint, put back; nothing in it for a new run; None for one that had ended."""
-        log = self.log
-        if log is None:
-            return {}
-        if (log.path / "final.pt").exists():
-            final = log.load("final", device=None)
-            if final.get("complete"):
-                for p, value in zip(self.L.variables(), self.L.split(final["params"]), strict=True):
-                    p.data.copy_(value)
-                self.L.model.load_state_dict(final["buffers"], strict=False)
-                log.close()
-                return None
-        state = log.load("checkpoint", device=None) if (log.path / "checkpoint.pt").exists() else {}
-        log.truncate(state.get("log_size", 0))
+        state = self.L.ranks.of_first({} if self.log is None else self._stored(self.log))
+        if state.get("complete"):
+            for p, value in zip(self.L.variables(), self.L.split(state["params"]), strict=True):
+                p.data.copy_(value)
+            self.L.model.load_state_dict(state["buffers"], strict=False)
+            return None
         if state:
             self.L.module.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -313,6 +306,17 @@ class _Training:
                 self.scheduler.load_state_dict(state["scheduler"])
             self.carry.update(state["carry"])
             self.path.extend(state["path"])
+        return state
+
+    def _stored(self, log: Run) -> dict[str, Any]:
+        """What a run's folder has: its end, if it is complete, or its last checkpoint, to which the log is cut."""
+        if (log.path / "final.pt").exists():
+            final = log.load("final", device=None)
+            if final.get("complete"):
+                log.close()
+                return final
+        state = log.load("checkpoint", device=None) if (log.path / "checkpoint.pt").exists() else {}
+        log.truncate(state.get("log_size", 0))
         return state
 
     def _save(self, step: int) -> None:

@@ -79,11 +79,11 @@ def _outputs(at: Snapshot) -> torch.Tensor | None:
         with L.measuring(), torch.no_grad():
             params = L.leaves_at(at.w)
             try:
-                found = [L.outputs(params, chunk) for chunk in L.chunks()]
+                found = [L.outputs(params, chunk) for chunk in L.chunks()] or [L.outputs(params, L.first(1))[:0]]
             except TypeError:  # a batch_loss calls the model itself
                 return None
         whole = all(isinstance(z, torch.Tensor) and z.shape[1:] == found[0].shape[1:] for z in found)
-        return torch.cat(found) if whole else None
+        return L.ranks.gather(torch.cat(found), L.size) if L.ranks.all(whole) else None
 
     return at.shared("outputs", compute)
 

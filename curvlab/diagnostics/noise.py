@@ -280,7 +280,7 @@ def loss_output_gradient(at: Snapshot) -> Measurement:
     L, parts = at.objective, []
     with L.measuring():
         params = [p.detach() for p in L.leaves_at(at.w)]
-        for chunk in L.chunks():
+        for chunk in L.chunks() if L.pieces() else [L.first(1)]:  # a rank without examples has zeros of their size
             try:
                 z = L.outputs(params, chunk).detach().requires_grad_()
             except TypeError:  # a batch_loss calls the model itself
@@ -288,7 +288,8 @@ def loss_output_gradient(at: Snapshot) -> Measurement:
             losses = L.loss(z, chunk.batch[1])  # type: ignore[operator]
             (dz,) = torch.autograd.grad(losses.sum() if chunk.weights is None else losses @ chunk.weights, z)
             parts.append(dz.double().abs().reshape(len(dz), -1).sum(0))
-    values = (torch.stack(parts).sum(0) / L.size).cpu().numpy()
+    total = torch.stack(parts).sum(0) if L.pieces() else torch.zeros_like(parts[0])
+    values = (L.ranks.sum(total)[0] / L.size).cpu().numpy()
     zero = np.zeros(len(values))
     floor = 16 * torch.finfo(L.dtype).eps * values
     return Measurement(values, zero, "exact", zero + np.inf, floor, axis=("output", tuple(range(len(values)))))

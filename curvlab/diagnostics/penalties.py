@@ -116,6 +116,7 @@ def _micro_batches(at: Snapshot, micro_batch_size: int | None, name: str) -> Ite
     """The micro-batches that are trained on, at w, with the modules in the modes in which they train, leaving no trace."""
     L = at.objective
     size = regularizers.checked_size(micro_batch_size) or at.micro_batch_size
+    L.ranks.require_one("micro-batches of a penalty")
     with L.measuring(), random_states(), _in_modes(at):
         seed_random_layers(at.generator(f"{name} masks").initial_seed())
         yield MicroBatches(Measured(L, L.leaves_at(at.w)), L.pieces(at.batch, size), graph=False)

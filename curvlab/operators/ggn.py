@@ -36,11 +36,13 @@ def ggn(
         raise ValueError(f"output_hessian is {output_hessian!r}; expected 'loss' or 'identity'")
     check_outputs(L)
     w = L.point(w)
+    L.ranks.agree("the point", w)
     chunks, constants = L.pieces(size=L.chunk_size), L.constants()
     keep = L.graphs_that_fit
     graphs: dict[int, _OutputGraph] = {}
 
     def matmat(V: Tensor) -> Tensor:
+        L.ranks.agree("the vectors of a product", V)
         with L.measuring(constants):
             total = torch.zeros_like(V)
             if not V.shape[1]:
@@ -50,7 +52,7 @@ def ggn(
                 if i < keep:
                     graphs[i] = graph
                 total += torch.stack([graph.product(v.contiguous()) for v in V.T], 1)
-        return total / L.size
+        return L.ranks.sum(total)[0] / L.size
 
     with (
         L.measuring(),

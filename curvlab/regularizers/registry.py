@@ -124,6 +124,7 @@ def regularizer(
         ) -> Tensor:
             _known_options(entry, options)
             require(L, entry)
+            L.ranks.require_one("micro-batches of a penalty")
             pieces = L.pieces(batch, checked_size(micro_batch_size))
             return evaluate(entry, L, params, pieces, generator, create_graph, options)
 

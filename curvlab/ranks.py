@@ -1,0 +1,147 @@
+"""Processes that hold parts of the data: what they sum, gather and agree on, over torch.distributed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class RanksLost(RuntimeError):
+    """Another process of the group has died, or did not answer in time."""
+
+
+class Ranks:
+    """The processes of a group, of which each holds a contiguous part of the data; or this one alone, which holds all.
+
+    All of them make the same calls in the same order. What they are given is the same on all ranks, and so is what they
+    return; decisions that are taken on it are therefore the same too.
+
+    Args:
+        group: a process group of torch.distributed, "world" for all processes, or None for this process alone.
+
+    Attributes:
+        rank, count: this process among how many.
+
+    Raises:
+        ValueError: torch.distributed is not initialised, or this process is not in the group.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.rank, self.count, self._group = 0, 1, None
+        if group is None:
+            return
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError(
+                f"group is {group!r}, but torch.distributed is not initialised; start with torchrun and call "
+                "torch.distributed.init_process_group() first, or pass group=None"
+            )
+        self._group = dist.group.WORLD if group == "world" else group
+        self.rank, self.count = dist.get_rank(self._group), dist.get_world_size(self._group)
+        if self.rank < 0:
+            raise ValueError("this process is not in the group; only those in it may measure with it")
+
+    def part(self, n: int) -> slice:
+        """The positions, of n in all, that this rank holds: as equal parts as can be, the first ones larger."""
+        return self._part(self.rank, n)
+
+    def sum(self, *tensors: Tensor) -> list[Tensor]:
+        """The sums over ranks, in one message for each dtype."""
+        if self.count == 1:
+            return list(tensors)
+        out = list(tensors)
+        for dtype in dict.fromkeys(t.dtype for t in tensors):
+            places = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+            flat = torch.cat([tensors[i].reshape(-1) for i in places])
+            with self._together():
+                dist.all_reduce(flat, group=self._group)
+            for i, part in zip(places, flat.split([tensors[i].numel() for i in places]), strict=True):
+                out[i] = part.view(tensors[i].shape)
+        return out
+
+    def gather(self, rows: Tensor, n: int) -> Tensor:
+        """The rows of all ranks in their order, (n, ...), from those of `part(n)`."""
+        if self.count == 1:
+            return rows
+        sizes = [part.stop - part.start for part in (self._part(rank, n) for rank in range(self.count))]
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in sizes]
+        with self._together():
+            dist.all_gather(found, padded, group=self._group)
+        return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
+    def all(self, flag: bool) -> bool:
+        """Whether something is so on every rank."""
+        return self.count == 1 or all(self._objects(flag))
+
+    def of_first(self, value: T) -> T:
+        """The value that the first rank has."""
+        if self.count == 1:
+            return value
+        return self._objects(value if self.rank == 0 else None)[0]
+
+    def agree(self, what: str, tensor: Tensor) -> None:
+        """Make sure that all ranks have the same numbers, by a hash of their bits.
+
+        Raises:
+            ValueError: they have not.
+        """
+        if self.count == 1:
+            return
+        own = torch.stack([torch.tensor(zlib.crc32(what.encode()), device=tensor.device), *_hash(tensor)])
+        found = [torch.empty_like(own) for _ in range(self.count)]
+        with self._together():
+            dist.all_gather(found, own, group=self._group)
+        other = next((i for i, hashes in enumerate(found) if not torch.equal(hashes, found[0])), None)
+        if other is not None:
+            raise ValueError(
+                f"ranks 0 and {other} differ in {what}, as rank {self.rank} has it, or make other calls; start all ranks "
+                "from the same weights and seeds, and let all of them make the same calls"
+            )
+
+    def require_one(self, what: str) -> None:
+        """Refuse what one process alone can do.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if self.count > 1:
+            raise ValueError(
+                f"{what} need all data in one process, and {self.count} ranks hold parts of it; measure them in one process"
+            )
+
+    def _objects(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * self.count
+        with self._together():
+            dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def _part(self, rank: int, n: int) -> slice:
+        size, more = divmod(n, self.count)
+        start = rank * size + min(rank, more)
+        return slice(start, start + size + (rank < more))
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RanksLost(
+                f"rank {self.rank} of {self.count} got no answer from the others: one of them has died, or did not answer "
+                f"within the timeout of the process group ({reason}). Its own output says why; what was logged is readable"
+            ) from error
+
+
+def _hash(tensor: Tensor) -> list[Tensor]:
+    """Two sums over its bits, on its device."""
+    bits = tensor.detach().contiguous().view(-1).view(torch.int32)
+    return [bits.sum(dtype=torch.int64), bits[1::3].sum(dtype=torch.int64)]

@@ -1,0 +1,129 @@
+"""Several processes, each with a part of the data, measure and train as one does.
+
+Compared with a reference: operators, example gradients and every diagnostic on 3 gloo ranks, with unequal parts and with an
+empty one, and trainings on 2, against one process in float64. Behaviour only: what ranks refuse, and a rank that dies.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import curvlab as cl
+from curvlab.diagnostics import DIAGNOSTICS
+from curvlab.per_example import ExampleGradients
+from curvlab.ranks import Ranks
+
+F64 = torch.float64
+CLOSE = 1e-12
+MICRO_BATCHES = {*cl.regularizers.REGULARIZERS, "microbatch_gradient_norm"}
+
+
+def problem(n: int, group=None, **options) -> tuple[cl.Objective, cl.Objective]:
+    """A small convolutional net with n examples, and held-out ones."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8, 4), nn.GELU(), nn.Linear(4, 3)).double()
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(n, 1, 6, generator=generator, dtype=F64), torch.arange(n) % 3
+    test = cl.Objective(model, "cross_entropy", (x.flip(0), y), group=group)
+    return cl.Objective(model, "cross_entropy", (x, y), group=group, **options), test
+
+
+def operators(n: int, group=None) -> dict[str, Tensor]:
+    """What one asks of an objective."""
+    L, _ = problem(n, group, chunk_size=2)
+    w = 1.1 * L.params()
+    V = torch.randn(L.num_params, 3, generator=torch.Generator().manual_seed(2), dtype=F64)
+    E, some = ExampleGradients(L, w), torch.tensor([n - 1, 0, n // 2])
+    weighted, _ = problem(n, group, weights=torch.arange(1.0, n + 1))
+    return {
+        "value": L.value(w),
+        "gradient": L.gradient(w),
+        "batch": L.gradient(w, some),
+        "weighted": weighted.gradient(w),
+        "accuracy": L.accuracy(w),
+        "H": cl.hessian(L, w) @ V,
+        "double backward": cl.hessian(L, w, engine="double_backward") @ V,
+        "G": cl.ggn(L, w) @ V,
+        "S": cl.gradient_second_moment(L, w, batch_size=2) @ V,
+        "C": cl.gradient_covariance(L, w, batch_size=1) @ V,
+        "norms": E.squared_norms(),
+        "gram": E.gram(),
+        "rows": L.example_gradients(w),
+        "eigenvalues": cl.eigsh(cl.hessian(L, w), 3, tol=1e-8).values,
+    }
+
+
+def measured(n: int, group=None) -> dict[str, Tensor]:
+    """Every diagnostic, at a point and in a training."""
+    L, test = problem(n, group)
+    names = [name for name, d in DIAGNOSTICS.items() if "trained" not in d.needs and name not in MICRO_BATCHES]
+    found = {}
+    sgd = torch.optim.SGD(L.model.parameters(), lr=0.05)
+    for at in cl.train(L, sgd, cl.Batches(L.size, 4, 2), diagnostics=names, test=test):
+        for name, m in at.measurements.items():
+            if m.value is not None:
+                found[f"{name} {at.step}"] = torch.as_tensor(np.atleast_1d(np.asarray(m.value, dtype=float)))
+                found[f"{name} {at.step} ±"] = torch.as_tensor(np.atleast_1d(np.asarray(m.error, dtype=float)))
+    found["w"] = L.params()
+    return found
+
+
+def work(rank: int, count: int, folder: str, n: int) -> None:
+    """One rank: everything, saved."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", count)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=60))
+    found = {**operators(n, "world"), **measured(n, "world")}
+    found |= {f"few {name}": value for name, value in operators(count - 1, "world").items()}  # the last rank has none
+    wrapped = DistributedDataParallel(problem(n)[0].model)
+    L = cl.Objective(wrapped, "cross_entropy", problem(n)[0].examples.batches, group="world")
+    found["wrapped"] = cl.hessian(L) @ torch.ones(L.num_params, dtype=F64)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder, count, n = str(tmp_path_factory.mktemp("ranks")), 3, 11
+    torch.multiprocessing.spawn(work, (count, folder, n), nprocs=count)
+    return n, [torch.load(f"{folder}/{rank}.pt") for rank in range(count)]
+
+
+def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(found) >= set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, atol=CLOSE, rtol=CLOSE, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_operators_are_those_of_one_process(ranks):
+    n, found = ranks
+    assert_alike(found[0], operators(n))
+    assert_alike(found[0], {f"few {name}": value for name, value in operators(2).items()})
+    L = problem(n)[0]
+    assert_alike(found[0], {"wrapped": cl.hessian(L) @ torch.ones(L.num_params, dtype=F64)})
+
+
+def test_every_diagnostic_is_that_of_one_process(ranks):
+    n, found = ranks
+    assert_alike(found[0], measured(n))
+
+
+def test_all_ranks_have_the_same_bits(ranks):
+    _, (zero, *others) = ranks
+    for other in others:
+        for name, value in zero.items():
+            assert torch.equal(torch.nan_to_num(value), torch.nan_to_num(other[name])), name
