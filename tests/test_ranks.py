@@ -6,10 +6,6 @@ empty one, and trainings on 2, against one process in float64. Behaviour only: w
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 from datetime import timedelta
 
 import numpy as np
@@ -22,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 import curvlab as cl
 from curvlab.diagnostics import DIAGNOSTICS
 from curvlab.per_example import ExampleGradients
-from curvlab.ranks import Ranks
 
 F64 = torch.float64
 CLOSE = 1e-12
