@@ -120,6 +120,7 @@ class BatchGradient:
 
     def micro(self, i: int) -> float:
         """The gradient of the i-th micro-batch's mean loss in `.grad`, without penalties; returns that loss."""
+        self.L.ranks.require_one("gradients of single micro-batches")
         self._zero()
         m = MicroBatch(Trained(self.L, live=True), self.pieces[i], graph=False)
         _backward(m.loss)

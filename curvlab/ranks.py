@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -134,11 +136,30 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = str(error).strip().partition(". ")[0] or type(error).__name__
             raise RanksLost(
                 f"rank {self.rank} of {self.count} got no answer from the others: one of them has died, or did not answer "
                 f"within the timeout of the process group ({reason}). Its own output says why; what was logged is readable"
             ) from error
+
+
+@contextmanager
+def started(timeout: float = 600.0) -> Iterator[Ranks]:
+    """The processes that torchrun has started, as a group, or this one alone where it has started none.
+
+    Args:
+        timeout: seconds after which a rank that does not answer counts as lost.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield Ranks()
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout))
+    try:
+        yield Ranks("world")
+    finally:
+        dist.destroy_process_group()
 
 
 def _hash(tensor: Tensor) -> list[Tensor]:

@@ -147,7 +147,10 @@ def _attempt(
     L: Objective, w: Tensor, forward: bool, constants: dict[str, Tensor], count: int, judge: Callable[[_Point], str]
 ) -> tuple[str, str]:
     """What `judge` says, or why it could not: with fewer examples where memory ends."""
-    index = torch.arange(L.size) if L.weights is None else L.weights.nonzero()[:, 0].cpu()
+    index = torch.arange(L.examples.offsets[0], L.examples.offsets[-1])  # of this rank
+    index = index if L.weights is None else index[L.weights.cpu()[index] > 0]
+    if not len(index):
+        return "ok", ""  # the other ranks check
     while True:
         try:
             with L.measuring(tree_map(L._place, constants)):

@@ -6,6 +6,7 @@ empty one, and trainings on 2, against one process in float64. Behaviour only: w
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import curvlab as cl
 from curvlab.diagnostics import DIAGNOSTICS
 from curvlab.per_example import ExampleGradients
+from curvlab.ranks import Ranks, RanksLost
 
 F64 = torch.float64
 CLOSE = 1e-12
@@ -122,3 +124,85 @@ def test_all_ranks_have_the_same_bits(ranks):
     for other in others:
         for name, value in zero.items():
             assert torch.equal(torch.nan_to_num(value), torch.nan_to_num(other[name])), name
+
+
+def trained(folder: str, group=None) -> Tensor:
+    """A training that logs, checkpoints, and goes on from its checkpoint."""
+    L, test = problem(12, group)
+    L.model[3].weight.data.mul_(1.5)
+    adam = torch.optim.Adam(L.model.parameters(), lr=0.01)
+    options = {"diagnostics": ["sharpness", "interaction_trace"], "test": test, "run": folder, "checkpoint_every": 2}
+    for at in cl.train(L, adam, cl.Batches(12, 5, 6), **options):
+        if at.step == 3:
+            break
+    L, test = problem(12, group)  # at other weights: the checkpoint has them
+    adam = torch.optim.Adam(L.model.parameters(), lr=0.01)
+    for _ in cl.train(L, adam, cl.Batches(12, 5, 6), resume=True, **{**options, "test": test}):
+        pass
+    return L.params()
+
+
+def lost(rank: int, folder: str) -> None:
+    """Two ranks, of which one dies in the third step."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch.save(trained(f"{folder}/run", "world"), f"{folder}/{rank}.pt")
+    L, _ = problem(12, "world")
+    sgd = torch.optim.SGD(L.model.parameters(), lr=0.01)
+    try:
+        for at in cl.train(L, sgd, cl.Batches(12, 5, 6), diagnostics=["sharpness"], run=f"{folder}/lost"):
+            if rank == 1 and at.step == 2:
+                os._exit(0)
+    except RanksLost as error:
+        torch.save(str(error), f"{folder}/lost.pt")
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("two"))
+    torch.multiprocessing.spawn(lost, (folder,), nprocs=2)
+    return folder
+
+
+def test_a_run_of_two_ranks_is_that_of_one(two, tmp_path):
+    expected = trained(str(tmp_path / "run"))
+    found = [torch.load(f"{two}/{rank}.pt") for rank in range(2)]
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], expected, atol=CLOSE, rtol=CLOSE)
+    here, there = cl.Run(tmp_path / "run"), cl.Run(f"{two}/run")
+    assert len(there.records) == len(here.records) == 6
+    for name in ("sharpness", "interaction_trace"):
+        np.testing.assert_allclose(there.series(name).values, here.series(name).values, rtol=1e-11)
+
+
+def test_a_rank_that_dies_ends_the_others_with_one_message_and_a_readable_run(two):
+    found = torch.load(f"{two}/lost.pt")
+    assert found.startswith("rank 0 of 2 got no answer from the others: one of them has died, or did not answer within")
+    assert len(cl.Run(f"{two}/lost").records) == 3
+
+
+def test_what_one_process_alone_can_do_is_refused(monkeypatch):
+    L, _ = problem(6)
+    monkeypatch.setattr(L.ranks, "count", 2)
+    with pytest.raises(ValueError, match=r"micro-batches of a penalty need all data in one process, and 2 ranks hold parts"):
+        cl.measure(L, ["gradient_norm_penalty"], batch_size=2)
+    with pytest.raises(ValueError, match=r"measurements within a budget of time need all data in one process"):
+        cl.Monitor(L, ["loss"], budget=0.1)
+
+
+def test_a_group_needs_torch_distributed():
+    with pytest.raises(ValueError, match=r"torch.distributed is not initialised; start with torchrun"):
+        problem(6, "world")
+
+
+@pytest.mark.parametrize("n, count", [(11, 3), (2, 3), (6, 3), (1, 1)])
+def test_parts_are_contiguous_and_cover_all(n, count, monkeypatch):
+    ranks = Ranks()
+    ranks.count = count
+    found = []
+    for ranks.rank in range(count):
+        part = ranks.part(n)
+        found += range(part.start, part.stop)
+    assert found == list(range(n))

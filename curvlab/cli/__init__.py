@@ -72,3 +72,8 @@ def _run(arguments: list[str]) -> int:
     except (ValueError, FileNotFoundError, FileExistsError, KeyError) as error:
         print(f"curvlab: {error.args[0] if len(error.args) == 1 else error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "RanksLost":  # known by its name, so that help needs no torch
+            raise
+        print(f"curvlab: {error}", file=sys.stderr)
+        return 1

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..command_line import run_options
 from ..problems.presets import Experiment
+from ..ranks import Ranks, started
 from ..runs import Run
 from .text import verdict_table
 
@@ -22,7 +23,10 @@ def run_command(arguments: list[str]) -> int:
         raise ValueError("--resume goes on with a run: give its folder by --out")
     folder = options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     keep = {"checkpoint_every": options.checkpoint_every or None, "resume": options.resume}
-    runs, interrupted = _train_all(options.experiment, folder, keep)
+    with started() as ranks:  # of several that torchrun starts, the first one writes and tells
+        runs, interrupted = _train_all(options.experiment, folder, keep, ranks)
+    if ranks.rank:
+        return 130 if interrupted else 0
     if runs:
         from ..claims import check
         from ..plots import plot
@@ -34,7 +38,7 @@ def run_command(arguments: list[str]) -> int:
     return 130 if interrupted else 0
 
 
-def _train_all(experiment: Experiment, folder: Path, keep: dict[str, Any]) -> tuple[list[Run], bool]:
+def _train_all(experiment: Experiment, folder: Path, keep: dict[str, Any], ranks: Ranks) -> tuple[list[Run], bool]:
     """The runs that have records, and whether they were interrupted."""
     from ..problems.experiments import start
 
@@ -42,26 +46,27 @@ def _train_all(experiment: Experiment, folder: Path, keep: dict[str, Any]) -> tu
     several = len(experiment.batch_size) > 1
     for b in experiment.batch_size:
         place = folder / f"b{b or experiment.n or 'full'}" if several else folder
-        training = start(experiment, b, run=place, **keep)
-        runs.append(Run(place))
+        training = start(experiment, b, run=place, group="world" if ranks.count > 1 else None, **keep)
+        if not ranks.rank:
+            runs.append(Run(place))
         label = f"b={training.batches.batch_size}" if several else ""
-        if _follow(training.snapshots, training.batches.steps, experiment.lr, label):
+        if _follow(training.snapshots, training.batches.steps, experiment.lr, label, shown=not ranks.rank):
             print(f"interrupted; what was measured is in {place}", file=sys.stderr)
             return [run for run in runs if run.records], True
     return [run for run in runs if run.records], False
 
 
-def _follow(snapshots: Any, steps: int, lr: float, label: str) -> bool:
+def _follow(snapshots: Any, steps: int, lr: float, label: str, *, shown: bool) -> bool:
     """Train with a progress bar that shows the live numbers; True if it was interrupted."""
     from tqdm import tqdm
 
-    shown = {"loss": "loss", "sharpness": "‖H‖", "interaction_sharpness": "‖H‖_S", "test_accuracy": "acc"}
-    bar = tqdm(total=steps, desc=label or "training", unit="step", mininterval=0.2)
+    numbers = {"loss": "loss", "sharpness": "‖H‖", "interaction_sharpness": "‖H‖_S", "test_accuracy": "acc"}
+    bar = tqdm(total=steps, desc=label or "training", unit="step", mininterval=0.2, disable=not shown)
     bar.set_postfix({"2/lr": f"{2 / lr:.4g}"})
     try:
         for at in snapshots:
             bar.update(at.step + 1 - bar.n)
-            live = {s: str(at.measurements[n]).split(" ")[0] for n, s in shown.items() if n in at.measurements}
+            live = {s: str(at.measurements[n]).split(" ")[0] for n, s in numbers.items() if n in at.measurements}
             if live:
                 bar.set_postfix({"2/lr": f"{2 / lr:.4g}", **live}, refresh=False)
         return False

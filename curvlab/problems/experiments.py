@@ -43,18 +43,19 @@ class Problem(NamedTuple):
 
 
 def build(
-    experiment: Experiment, batch_size: int = 0
+    experiment: Experiment, batch_size: int = 0, *, group: Any = None
 ) -> tuple[Objective, Objective, torch.optim.Optimizer, Batches | Augmented]:
     """The training objective, the test objective, the optimizer and the batches of one run of an experiment.
 
     Args:
         batch_size: of the run; 0 is the full data set.
+        group: of the processes that share the data, as for `Objective`.
 
     Raises:
         ValueError: unknown names, settings that do not go together, or from the problem itself, such as a batch size
             above the number of examples.
     """
-    problem = make_problem(experiment)
+    problem = make_problem(experiment, group)
     L = problem.objective
     b = batch_size or L.size
     batches = Batches(
@@ -70,7 +71,7 @@ def build(
     return L, problem.test, make_optimizer(experiment, L), shown
 
 
-def make_problem(experiment: Experiment) -> Problem:
+def make_problem(experiment: Experiment, group: Any = None) -> Problem:
     """The objectives of an experiment over one model: training, test, and what was set aside for validation."""
     torch.set_num_threads(experiment.threads)
     train_set, test_set = _data(experiment)
@@ -81,9 +82,9 @@ def make_problem(experiment: Experiment) -> Problem:
             f"validation is {experiment.validation} of {len(x)} training examples; expected 0 to {len(x) - 1}"
         )
     model = _model(experiment, x, y, test_set[1]).to(experiment.device)
-    loss = experiment.loss
-    held = Objective(model, loss, (x[kept:], y[kept:])) if experiment.validation else None
-    return Problem(Objective(model, loss, (x[:kept], y[:kept])), Objective(model, loss, test_set), held)
+    objective = functools.partial(Objective, model, experiment.loss, group=group)
+    held = objective((x[kept:], y[kept:])) if experiment.validation else None
+    return Problem(objective((x[:kept], y[:kept])), objective(test_set), held)
 
 
 def _data(experiment: Experiment) -> tuple[Examples, Examples]:
@@ -180,12 +181,14 @@ def start(
     run: str | os.PathLike | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
+    group: Any = None,
 ) -> Training:
     """Everything up to the first step of one run of an experiment; the run's configuration states the experiment.
 
     Args:
         batch_size: of the run; 0 is the full data set.
         run, checkpoint_every, resume: as `curvlab.train`.
+        group: of the processes that share the data, as for `Objective`.
 
     Raises:
         ValueError: as `build` and `curvlab.train`.
@@ -194,7 +197,7 @@ def start(
         >>> len(list(start(Experiment(n=16, hidden=(4,), steps=3, diagnostics=())).snapshots))
         3
     """
-    L, test, optimizer, batches = build(experiment, batch_size)
+    L, test, optimizer, batches = build(experiment, batch_size, group=group)
     penalties = parse_penalties(experiment.penalty)
     diagnostics, own = parse_diagnostics(experiment.diagnostics)
     names = [*parse(diagnostics), *(entry.name for _, entry, _ in terms(penalties))]
