@@ -41,7 +41,9 @@ from scenarios import ROWS, Case, probes
 from torch import Tensor, nn
 
 OUTCOMES = ("right", "named error", "error", "wrong", "not applicable")
-PRELOADED = ("curvlab.operators", "curvlab.linalg", *(package for package, _ in LIBRARIES.values()))
+PRELOADED = (  # by the process that the others are forked from, which does not find the modules of this folder
+    "torch._dynamo", "scipy.sparse.linalg", "curvlab.throughput", *(package for package, _ in LIBRARIES.values()),
+)  # fmt: skip
 QUICK = ("F1", "F8", "F53", "F77")
 TOLERANCES = {"product": 1e-4, "eigenvalue": 1e-2, "trace": 0.1}
 SEEDS, RIGHT_SEEDS = 20, 18
@@ -84,7 +86,7 @@ def asked(index: int, library: str, timeout: float) -> dict[str, Any]:
     kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(kind)
     if kind == "forkserver":
-        context.set_forkserver_preload(["torch", "scenarios", "scipy.sparse.linalg", *PRELOADED])
+        context.set_forkserver_preload(list(PRELOADED))
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(there, index, library))
     process.start()
