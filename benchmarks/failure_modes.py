@@ -47,11 +47,10 @@ PRELOADED = (  # by the process that the others are forked from, which does not 
 QUICK = ("F1", "F8", "F53", "F77")
 TOLERANCES = {"product": 1e-4, "eigenvalue": 1e-2, "trace": 0.1}
 SEEDS, RIGHT_SEEDS = 20, 18
-FIX = re.compile(  # an imperative
-    r"(^|[.;:,(]\s+|[.;:,(]|\b(or|and|please|either|instead)\s+)(add|call|choose|clean|clone|convert|declare|densify|drop|"
-    r"enable|freeze|give|initiali[sz]e|keep|leave|make|measure|move|override|pass|put|register|remove|replace|rewrite|run|"
-    r"set|skip|specify|switch|take|train|unwrap|use|wrap|write)\b",
-    re.IGNORECASE,
+FIX = re.compile(  # an imperative: where a clause begins, or with a capital letter
+    r"(?i:(^|[.;:,(]\s*|\b(or|and|please|either|instead)\s+)(add|call|choose|clean|clone|convert|declare|densify|drop|enable|"
+    r"freeze|give|initiali[sz]e|keep|leave|make|measure|move|override|pass|put|register|remove|replace|rewrite|run|set|skip|"
+    r"specify|switch|take|train|unwrap|use|wrap|write)\b)|\b(Call|Pass|Set|Use)\b"
 )
 
 
