@@ -135,7 +135,7 @@ def test_tiny_matrices_and_every_k(P, which):
     A = rotated(torch.linspace(-1.5, 2, P)) if P > 1 else torch.tensor([[-2.5]], dtype=F64)
     for k in range(1, P + 1):
         pairs = eigsh(A, k, which=which, generator=seeded())
-        assert pairs.matvecs <= P
+        assert pairs.matvecs <= P + k  # k of them for the residuals
         assert torch.allclose(pairs.values, wanted(A, k, which), atol=2e-3)
         assert torch.allclose(pairs.vectors.T @ pairs.vectors, torch.eye(k, dtype=F64), atol=1e-12)
     assert torch.allclose(pairs.values, torch.linalg.eigvalsh(A).flip(0), atol=1e-13)
@@ -250,8 +250,8 @@ def test_guards_are_the_ritz_vectors_that_come_next(which):
 def test_products_needed_for_the_top_of_a_hessian_like_spectrum():
     outliers = torch.tensor([20.0, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0])
     A = rotated(torch.cat([outliers, 0.1 * torch.linspace(-1, 1, 491)]))
-    assert eigsh(A, 1, tol=1e-2, generator=seeded()).matvecs <= 17
-    assert eigsh(A, 5, tol=1e-2, generator=seeded()).matvecs <= 40
+    assert eigsh(A, 1, tol=1e-2, generator=seeded()).matvecs <= 18
+    assert eigsh(A, 5, tol=1e-2, generator=seeded()).matvecs <= 45
 
 
 def test_warm_start_from_the_answer_needs_few_products():

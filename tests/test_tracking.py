@@ -42,7 +42,10 @@ def follow(bases, spectra, k: int, *, seed: int = 0, dtype=F64, hints=None) -> t
         pairs = tracked_eigenpairs(at, "planted", op, k, 1e-2, hint=None if hints is None else hints[step].to(dtype))
         true = values.sort(descending=True).values
         rounding = pairs.floor + 4 * torch.finfo(dtype).eps * len(A) * float(true.abs().max())
+        own = torch.linalg.vector_norm(A.to(F64) @ pairs.vectors.to(F64) - pairs.vectors * pairs.values, dim=0)
         assert pairs.converged
+        assert pairs.verified == pairs.explored  # a product of its own with every random direction
+        assert torch.all((pairs.residuals - own).abs() <= rounding)
         assert torch.all(pairs.values <= true[:k] + rounding)  # no Ritz value above the eigenvalue of its rank
         distance = (pairs.values[:, None] - true[None]).abs().min(1).values
         assert torch.all(distance <= pairs.residuals + rounding)  # some eigenvalue is that near
@@ -114,10 +117,11 @@ def rotation(P: int, angle: float, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("k", [1, 5])
-@pytest.mark.parametrize("jump", [1.1, 2.0, 10.0, "split"])
+@pytest.mark.parametrize("jump", [1.1, 2.0, 10.0, "split", "rise"])
 def test_what_rises_in_an_unseen_direction_is_found_within_16_steps(jump, k):
     """Nothing that is tracked, nor the gradient, has any part of it: only a random vector can find it.
 
+    "rise": the hidden eigenvalue grows by 0.5 a step from 3.25, so that it is the largest four steps later.
     "split": one of seven copies of the top eigenvalue leaves the others, of which no more than k + 1 have been seen.
     """
     waits = []
@@ -126,9 +130,13 @@ def test_what_rises_in_an_unseen_direction_is_found_within_16_steps(jump, k):
         rise = 3 + seed
         quiet = spectrum(P, *((5, 4, 3, 2) if jump != "split" else (5,) * 7))
         risen = quiet.clone()
-        risen[6 if jump == "split" else P // 2] = 6.0 if jump == "split" else 5 * jump
+        if jump != "rise":
+            risen[6 if jump == "split" else P // 2] = 6.0 if jump == "split" else 5 * jump
         Q = basis(P, seed)
         spectra = [risen if t >= rise else quiet for t in range(STEPS)]
+        if jump == "rise":
+            hidden = [torch.full((1,), min(8.0, 5.25 + 0.5 * (t - rise)), dtype=F64) for t in range(STEPS)]
+            spectra = [torch.cat([quiet[:-1], value.clamp_min(3.25)]) for value in hidden]
         _, lost = follow([Q] * STEPS, spectra, k, seed=seed, hints=[Q[:, :5].sum(1)] * STEPS)
         missed = torch.nonzero(lost[:, 0])[:, 0].tolist()
         assert missed == list(range(rise, rise + len(missed)))  # once found it is not lost again

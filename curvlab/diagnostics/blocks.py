@@ -18,7 +18,7 @@ from .tracking import tracked_eigenpairs
 
 @diagnostic(
     "‖H_l‖", formula="largest eigenvalue of each layer's diagonal block of H", kind="bound",
-    cost="13-22 products a layer, 2-5 when tracked",
+    cost="14-23 products a layer, 2-5 when tracked",
 )  # fmt: skip
 def layer_sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     """Sharpness with all other layers held fixed, over an axis "layer"; never above the sharpness of the whole.

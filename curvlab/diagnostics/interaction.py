@@ -303,6 +303,7 @@ def _control_vectors(at: Snapshot, k: int) -> tuple[Tensor, Tensor]:
             start=start,
             random_columns=1,
             max_matvecs=6 * k,
+            verify=False,
             generator=at.generator(f"control {k}"),
         )
         state.update(Q=pairs.vectors, values=pairs.values, age=0)

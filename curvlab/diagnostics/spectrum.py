@@ -13,7 +13,7 @@ from .sampled import population_eigenvalue
 from .tracking import largest, remarked, subspace_error, top_eigenpairs, tracked_eigenpairs
 
 
-@diagnostic("‖H‖", formula="λ_max(H), algebraically largest", kind="bound", cost="13-22 products, 2-5 when tracked")
+@diagnostic("‖H‖", formula="λ_max(H), algebraically largest", kind="bound", cost="14-23 products, 2-5 when tracked")
 def sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     """The largest eigenvalue of the Hessian, λ_1 = ‖H‖ wherever |λ_min| is smaller; otherwise the note says so.
 
@@ -25,8 +25,9 @@ def sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     and whenever the Hessian has changed much, so that an eigenvalue that rises unseen is found. Under a monitor's budget it
     is the Rayleigh quotient of the last eigenvector between two searches, for one product, and the note says so.
 
-    Error: the residual r: θ ≤ λ_1, and *some* eigenvalue lies within r of θ. The value itself is usually better by
-    orders of magnitude, because the distance to λ_1 is at most r²/gap. For a population the standard error of a
+    Error: the residual r = ‖Hv - θv‖: θ ≤ λ_1, and *some* eigenvalue lies within r of θ. At a point, and wherever a random
+    vector takes part, it has one more product with v; between, the products of the search. The value itself is usually
+    better by orders of magnitude, because the distance to λ_1 is at most r²/gap. For a population the standard error of a
     bootstrap over examples.
 
     Fails: the Hessian is the one of autograd: it does not see kinks of relu networks, which `secant_sharpness` does. An
@@ -45,7 +46,7 @@ def sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     "λ_i",
     formula="k algebraically largest eigenvalues of H",
     kind="bound",
-    cost="25-45 products for k=5, 7-16 when tracked",
+    cost="30-50 products for k=5, 7-16 when tracked",
 )
 def hessian_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measurement:
     """The k algebraically largest eigenvalues of the Hessian, descending, over an axis "index".
@@ -134,7 +135,7 @@ def gradient_top_share(at: Snapshot, *, k: int = 5, tol: float = 1e-3) -> Measur
 
 @diagnostic(
     "λ_i(NTK)", formula="k largest eigenvalues of (1/N) J Jᵀ, J the Jacobian of all outputs", kind="bound",
-    cost="13-22 products with the GGN for k=1",
+    cost="14-23 products with the GGN for k=1",
 )  # fmt: skip
 def ntk_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measurement:
     """The k largest eigenvalues of the neural tangent kernel over N, over an axis "index".

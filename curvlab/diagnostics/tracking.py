@@ -44,6 +44,8 @@ def tracked_eigenpairs(
     `hint` (P,), such as the gradient, which turns to the sharpest direction when that becomes unstable: every 16 measured
     steps while nothing happens; at once when the residuals of the start exceed a fifth of the largest wanted eigenvalue
     or the length of the hint has changed by a factor of 1.5; and 1, 3, 7 and 15 steps after such an alarm.
+    At these steps the residuals too get products of their own, k more; between them they come from the products of the
+    Rayleigh-Ritz step, which `eigsh` holds.
 
     Where a snapshot is not to search, the Rayleigh-Ritz values of the last vectors, for k products.
 

@@ -15,6 +15,7 @@ from .probes import normal
 Which = Literal["LA", "SA", "LM"]
 EXPLORE = 6  # rounds from a random vector before its residual says anything: in many dimensions it starts small, and
 # without them one cold search in five for k=1 and tol=1e-2 settles on the second of two close eigenvalues
+SMALL = 100  # rows of a matrix whose whole basis is held, so that no spectrum is out of reach
 ROWS = 2**16  # of vectors that are converted to float64 at once
 
 
@@ -25,15 +26,16 @@ class Eigenpairs:
     Attributes:
         values: (K,) Ritz values, descending.
         vectors: (P, K) orthonormal Ritz vectors; the entry of largest magnitude of each is positive.
-        residuals: (K,) ‖A v - θ v‖. Within this distance of θ lies *some* eigenvalue of A; it need not be the one
-            that was asked for. For ``which="LA"``, θ_1 never exceeds the largest eigenvalue.
+        residuals: (K,) ‖A v - θ v‖ of the unit vectors v. Within this distance of θ (and `floor`) lies *some* eigenvalue of
+            A; it need not be the one that was asked for. For ``which="LA"``, θ_1 never exceeds the largest eigenvalue.
         matvecs: products spent.
-        converged: whether every residual is at most tol times the largest |Ritz value|.
+        converged: whether every residual is at most tol times the largest |Ritz value|, up to rounding.
         extremes: smallest and largest Ritz value seen.
         floor: rounding error of a Ritz value, in the unit of `values`.
         guards: (P, G) the Ritz vectors that come next, converged or not, as many as were asked for and the basis had.
         guard_values: (G,) their Ritz values, descending in the order of `which`.
         explored: whether a random vector joined, from the start or because the given ones were distrusted.
+        verified: whether the residuals come from products of their own with `vectors`.
     """
 
     values: Tensor
@@ -46,6 +48,7 @@ class Eigenpairs:
     guards: Tensor
     guard_values: Tensor
     explored: bool
+    verified: bool
 
 
 def eigsh(
@@ -60,6 +63,7 @@ def eigsh(
     distrust: float = float("inf"),
     max_basis: int | None = None,
     guards: int = 0,
+    verify: bool | None = None,
     generator: torch.Generator | None = None,
 ) -> Eigenpairs:
     """The k algebraically largest (LA), smallest (SA) or largest-in-magnitude (LM) eigenpairs of A.
@@ -68,7 +72,12 @@ def eigsh(
     residuals of the wanted pairs that have not converged, orthogonalized twice against the whole basis, and the
     basis is restarted with its best Ritz vectors when it is full. From random start vectors this spans the same
     Krylov space as the three-term recurrence; from given vectors (a warm start) it also uses what they know of each
-    other. Residuals come from the products themselves, never from the recurrence.
+    other.
+
+    Residuals never come from the recurrence. A search that random vectors took part in multiplies its Ritz vectors by A
+    once more, k products, and values and residuals are those of these products. Other searches combine the products that
+    they hold: the same to a few roundings of ‖A‖ where A is a fixed linear map, but up to five times too small where every
+    product has an error of its own, as with a loader that shuffles.
 
     Cold starts use k random columns and so see eigenvalues of multiplicity up to k. A start vector orthogonal to the
     answer would hide it for ever, therefore `random_columns` random ones join the given ones. What random vectors lead
@@ -76,7 +85,7 @@ def eigsh(
     without them may be distrusted after all: where its residuals exceed `distrust`, a random vector joins; otherwise the
     next pair is followed only while one more round might lift it above the wanted ones.
 
-    Cost: 13-22 products for k=1 and tol=1e-2 on loss Hessians when cold, a few when warm. Memory: at most `max_basis`
+    Cost: 14-23 products for k=1 and tol=1e-2 on loss Hessians when cold, a few when warm. Memory: at most `max_basis`
     vectors and as many images, up to twice that while the basis grows, and 3 (k + 1 + guards) vectors for Ritz
     pairs and their residuals. Vectors, products and the small projected matrix stay on the device; each round reads a few
     scalars to decide whether to stop.
@@ -86,13 +95,14 @@ def eigsh(
         k: from 1 to P.
         tol: relative to the largest |Ritz value|; 0 asks for rounding level.
         max_matvecs: where to give up, with ``converged=False`` and the best pairs so far; k products are the least.
-            Default 300 + 20 k.
+            Default 300 + 20 k. The products that verify are among them, if it leaves room for 2 k.
         start: (P,) or (P, S) vectors to start from, the best first; they need not be orthonormal. What does not fit into
             the basis beside the random columns is left out.
         random_columns: random start vectors beside the given ones.
         distrust: residual of the start, relative to the largest wanted |Ritz value|, above which a random vector joins.
-        max_basis: the most vectors to hold, at least k + 2; fewer make more rounds. Default 2 k + 20.
+        max_basis: the most vectors to hold, at least k + 2; fewer make more rounds. Default 2 k + 20, or P up to 100.
         guards: how many Ritz vectors beyond the k to return, for a later warm start; they cost no products.
+        verify: whether residuals get products of their own; default where a random vector joined.
         generator: for the random columns; a CPU generator.
 
     Raises:
@@ -113,7 +123,8 @@ def eigsh(
         raise ValueError(f"k is {k}; expected 1 to {P}, the size of the matrix")
     if which not in ("LA", "SA", "LM"):
         raise ValueError(f"which is {which!r}; expected 'LA' (largest), 'SA' (smallest) or 'LM' (largest magnitude)")
-    max_basis = 2 * k + 20 if max_basis is None else max_basis
+    if max_basis is None:
+        max_basis = max(2 * k + 20, P if P <= SMALL else 0)
     if max_basis < k + 2:
         raise ValueError(
             f"max_basis is {max_basis}; expected at least {k + 2}, which is k + 2, or None for {2 * k + 20}"
@@ -125,12 +136,13 @@ def eigsh(
     max_matvecs = max(k, max_matvecs if max_matvecs is not None else 300 + 20 * k)
     eps = torch.finfo(A.dtype).eps
 
-    basis = _Columns(_start_block(A, k, start, random_columns, min(max_basis, max_matvecs), generator))
+    warm = start is not None
+    explore, explored = not warm or random_columns > 0, 0
+    reserve = k if (explore if verify is None else verify) and max_matvecs >= 2 * k else 0  # products that verify
+    basis = _Columns(_start_block(A, k, start, random_columns, min(max_basis, max_matvecs - reserve), generator))
     images = _Columns(_product(A, basis.matrix))
     V, AV = basis.matrix, images.matrix
     T = _symmetric(_inner(V, AV))
-    warm = start is not None
-    explore, explored = not warm or random_columns > 0, 0
     lead = AV[:, -1:] if warm and explore else AV[:, :0]  # image of the newest vector of the random one's Krylov space
     reported = k + 1 + guards
     matvecs, extremes = V.shape[1], (float("inf"), float("-inf"))
@@ -139,28 +151,30 @@ def eigsh(
         order = _order(theta, which)
         theta, Y = theta[order], Y[:, order].to(V.dtype)
         X, AX = V @ Y[:, :reported], AV @ Y[:, :reported]
-        R = AX - X * theta[:reported].to(V.dtype)
-        residuals = torch.linalg.vector_norm(R, dim=0, dtype=torch.float64)
         scale = theta.abs().max()
         floor = 16 * eps * scale
+        unit = scale if bool(scale > 0) else torch.ones_like(scale)
+        R = (AX - X * theta[:reported].to(V.dtype)).div_(unit)  # so that no square overflows or vanishes
+        residuals = unit * torch.linalg.vector_norm(R, dim=0, dtype=torch.float64)
         wanted = torch.nonzero(residuals[:k] > torch.clamp(tol * scale, min=floor))[:, 0].tolist()
         tolerance = max(tol * float(scale), float(floor))
         joins = warm and not explore and float(residuals[:k].max()) > distrust * float(theta[:k].abs().max())
         leads = joins
         if joins:
             explore, wanted = True, [*wanted, R.shape[1]]
+            reserve = k if verify is not False and matvecs + k <= max_matvecs else 0
             R = torch.cat([R, normal((P, 1), R, generator=generator)], 1)
         if not wanted:
             explored += 1
             if explored <= EXPLORE and lead.shape[1]:
                 leads, wanted = True, [R.shape[1]]
-                R = torch.cat([R, lead], 1)
+                R = torch.cat([R, (lead / unit).to(R.dtype)], 1)
             elif explore and explored <= EXPLORE and V.shape[1] > k and bool(residuals[k] > floor):
                 wanted = [k]
             else:
                 wanted = _may_rise(theta, residuals, k, which, tolerance, explore=explore)
         extremes = (min(extremes[0], float(theta.min())), max(extremes[1], float(theta.max())))
-        wanted = wanted[: max(0, max_matvecs - matvecs)]
+        wanted = wanted[: max(0, max_matvecs - matvecs - reserve)]
         if not wanted or V.shape[1] == P:
             break
         if max_basis == P:
@@ -168,9 +182,10 @@ def eigsh(
         if V.shape[1] + len(wanted) > max_basis:
             keep = min(max(k + 1, max_basis // 2), V.shape[1])
             wanted = wanted[: max_basis - keep]
-            basis, images, T = _Columns(V @ Y[:, :keep]), _Columns(AV @ Y[:, :keep]), torch.diag(theta[:keep])
+            V, AV = _orthonormal_again(V @ Y[:, :keep], AV @ Y[:, :keep])
+            basis, images, T = _Columns(V), _Columns(AV), _symmetric(_inner(V, AV))
             V, AV = basis.matrix, images.matrix
-        B = orthonormalize(R[:, wanted], V, min_norm=float(floor) / 4)
+        B = orthonormalize(R[:, wanted], V, min_norm=4 * eps)
         if B.shape[1] == 0:  # the basis is invariant to rounding: nothing is left to find in it
             break
         AB = _product(A, B)
@@ -181,22 +196,28 @@ def eigsh(
         lead = AB[:, -1:] if leads else lead
 
     guard_vectors, guard_values = X[:, k : k + guards], theta[k : k + guards]
-    descending = torch.argsort(theta[:k], descending=True)
-    X = X[:, :k][:, descending]
-    X = X * torch.sign(X.gather(0, X.abs().argmax(0, keepdim=True)))
-    residuals = residuals[descending]
-    converged = bool((residuals <= tolerance).all())
+    X, AX = X[:, :k], AX[:, :k]
+    length = torch.linalg.vector_norm(X, dim=0, dtype=torch.float64)
+    signed = (length * torch.sign(X.gather(0, X.abs().argmax(0, keepdim=True)))).to(X.dtype)
+    X = X / signed
+    AX = _product(A, X) if reserve else AX / signed
+    matvecs += reserve
+    values = (X * AX).sum(0, dtype=torch.float64)
+    R = (AX - X * values.to(X.dtype)).div_(unit)
+    residuals = unit * torch.linalg.vector_norm(R, dim=0, dtype=torch.float64)
+    descending = torch.argsort(values, descending=True)
     return Eigenpairs(
-        values=theta[:k][descending],
-        vectors=X,
-        residuals=residuals,
+        values=values[descending],
+        vectors=X[:, descending],
+        residuals=residuals[descending],
         matvecs=matvecs,
-        converged=converged,
+        converged=bool((residuals <= tolerance + floor / 2).all()),
         extremes=extremes,
         floor=float(floor),
         guards=guard_vectors,
         guard_values=guard_values,
         explored=explore,
+        verified=reserve > 0,
     )
 
 
@@ -236,6 +257,12 @@ def _inner(V: Tensor, W: Tensor) -> Tensor:
     """Vᵀ W in float64, in parts of the rows, so that no copy of V is made: float32 sums would cost half of the digits."""
     parts = zip(V.split(ROWS), W.split(ROWS), strict=True)
     return torch.stack([v.double().T @ w.double() for v, w in parts]).sum(0)
+
+
+def _orthonormal_again(X: Tensor, AX: Tensor) -> tuple[Tensor, Tensor]:
+    """X, orthonormal but for rounding that restarts pile up, and A X: one Newton step towards X (XᵀX)^(-1/2)."""
+    step = (1.5 * torch.eye(X.shape[1], dtype=torch.float64, device=X.device) - 0.5 * _inner(X, X)).to(X.dtype)
+    return X @ step, AX @ step
 
 
 class _Columns:
