@@ -1,7 +1,7 @@
-"""The check of Hessian-vector products on first use, and what it may cost.
+"""The check of Hessian-vector products on first use, and `verify`.
 
-Compared with a reference: nothing here; the check compares with central differences itself, and is right if it passes every
-model of the table and finds every planted defect. Only behavioural: when it runs, what it leaves, what it says.
+Compared with a reference: nothing here; both compare with references themselves, and are right if they pass the models of
+the table and find what is planted. Only behavioural: when they run, what they leave, what they say.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ from test_guard import state
 from torch import Tensor, nn
 
 import curvlab as cl
-from curvlab import self_check
+from curvlab import references, self_check, verification
+from curvlab.cli import main
+from curvlab.diagnostics import DIAGNOSTICS
+from curvlab.measurement import Measurement
 from curvlab.self_check import check_products
 
 F64 = torch.float64
@@ -273,3 +277,117 @@ def test_training_is_bit_identical(check):
         return torch.cat([t.flatten().double() for t in case.model.state_dict().values()])
 
     assert torch.equal(trained(check), trained(""))
+
+
+# Verify
+
+
+QUICK = ["loss", "sharpness", "interaction_trace", "gradient_variance", "ggn_trace", "fisher_trace", "layer_sharpness"]
+
+
+def verified(case: str, **options) -> verification.Verification:
+    problem = BY_NAME[case].build(0)
+    return cl.verify(problem.model, problem.loss, problem.data, weights=problem.weights, show=False, **options)
+
+
+def statuses(found: verification.Verification) -> dict[str, str]:
+    return {row.name: row.status for row in found.rows}
+
+
+def test_every_diagnostic_agrees_with_its_reference(capsys):
+    problem = BY_NAME["layer_norm"].build(0)
+    before = state(problem.model)
+    found = cl.verify(problem.model, problem.loss, problem.data)
+    assert state(problem.model) == before
+    assert found.ok
+    assert set(statuses(found).values()) == {"ok"}
+    assert list(statuses(found)) == ["Hessian-vector products", *DIAGNOSTICS]
+    printed = capsys.readouterr().out
+    assert printed == f"{found}\n"
+    assert "7 of 9 examples" in printed
+    assert f"{len(DIAGNOSTICS) + 1} ok" in printed
+    estimated = {row.name: row.z for row in found.rows if row.z is not None}
+    assert {"mean_resultant_length", "hessian_trace", "hessian_density", "batch_sharpness"} <= set(estimated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_verify_on_the_table_of_models(case):
+    found = verified(case.name)
+    assert found.ok
+    assert set(statuses(found).values()) <= {"ok", "no value", "no reference"}
+
+
+@pytest.mark.parametrize("case", ["weighted", "several_labels", "lstm", "dict_batch", "linear", "padded_embedding"])
+def test_verify_quickly(case):
+    found = verified(case, diagnostics=QUICK)
+    assert found.ok
+    hidden = {"ggn_trace", "fisher_trace"} if case == "dict_batch" else set()
+    assert {name for name, status in statuses(found).items() if status != "ok"} == hidden
+    assert all(row.note for row in found.rows if row.name in hidden)
+
+
+def test_verify_finds_what_is_wrong(monkeypatch):
+    """A wrong factor in a number, and an interval that is too narrow."""
+    entries = dict(DIAGNOSTICS)
+    wrong = {
+        "gradient_variance": lambda at: Measurement(1.001 * float(entries["gradient_variance"].function(at).value)),
+        "mean_resultant_length": lambda at, **options: replace(
+            entries["mean_resultant_length"].function(at, **options), error=1e-9
+        ),
+    }
+    for name, function in wrong.items():
+        monkeypatch.setitem(DIAGNOSTICS, name, replace(entries[name], function=function))
+    found = verified("layer_norm", diagnostics=["loss", *wrong])
+    assert statuses(found) == {"Hessian-vector products": "ok", "loss": "ok"} | dict.fromkeys(wrong, "WRONG")
+    assert not found.ok
+
+
+def test_verify_names_a_function_that_is_differentiated_wrongly():
+    model = nn.Sequential(nn.Linear(4, 5), Detached(), nn.Linear(5, 3))
+    with pytest.warns(UserWarning, match="not that of the loss"):
+        found = cl.verify(model, "cross_entropy", data(), diagnostics=["loss"], show=False)
+    row = found.rows[0]
+    assert row.status == "no reference"
+    assert "detach in 1 (Detached)" in row.note
+
+
+def test_what_has_no_reference_is_never_ok(monkeypatch):
+    monkeypatch.delitem(references.DEFINITIONS, "gradient_norm")
+    found = verified("layer_norm", diagnostics=["gradient_norm"])
+    assert found.rows[1].status == "no reference"
+    assert not verification.Verification("", found.rows[1:]).ok
+    assert verified("gru", diagnostics=["test_loss"]).ok
+
+
+def test_large_models_are_verified_in_part():
+    L = mlp(64, 40, 3, dtype=torch.float32)
+    found = cl.verify(L, "cross_entropy", data(20, 64), diagnostics=QUICK, show=False)
+    assert found.ok
+    assert found.problem == "7 of 20 examples, 163 of 2723 parameters (0.bias, 2.weight, 2.bias; the others are constants)"
+    with pytest.raises(
+        ValueError, match=r"the smallest parameter tensor, 2\.bias, has 3 numbers.*max_parameters=2; pass"
+    ):
+        cl.verify(L, "cross_entropy", data(20, 64), max_parameters=2, show=False)
+
+
+def test_losses_that_average_keep_their_weights():
+    model, (x, y) = mlp(4, 5, 3), data()
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5], dtype=F64), ignore_index=2)
+    found = cl.verify(model, criterion, (x, y), examples=99, diagnostics=QUICK, show=False)
+    assert found.ok
+    used = y != 2
+    assert found.rows[1].ours == pytest.approx(float(criterion(model(x[used]), y[used]).detach()))
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "verify_me.py").write_text(
+        "import torch\nmodel = torch.nn.Linear(3, 2)\ndata = torch.randn(9, 3), torch.arange(9) % 2\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    given = ["verify", "--model", "verify_me:model", "--data", "verify_me:data", "--diagnostics", "sharpness"]
+    assert main(given) == 0
+    assert "sharpness" in capsys.readouterr().out
+    monkeypatch.setitem(references.DEFINITIONS, "sharpness", lambda d, b, r: d.eigenvalues[-1] + 1)
+    assert main(given) == 1
+    assert "WRONG" in capsys.readouterr().out

@@ -1,8 +1,8 @@
 """Every registered diagnostic on small nets in float64.
 
-Compared with a reference: dense definitions that share no code with the package (Hessian by jacfwd of grad, a loop over
-examples, averages over every batch) and, for the top of the spectrum and the trace, PyHessian. Only behavioural:
-conformance of whatever is registered, refusals, and what is reported where no value exists.
+Compared with a reference: the dense definitions of `curvlab.references` (a Hessian row by row, a loop over examples, means
+over all batches), of losses that are written out here, and, for the top of the spectrum and the trace, PyHessian. Only
+behavioural: conformance of whatever is registered, refusals, and what is reported where no value exists.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import doctest
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -23,302 +23,47 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import curvlab as cl
+from curvlab import references
 from curvlab.diagnostics import DIAGNOSTICS, interaction, noise, registry, spectrum, values
-from curvlab.regularizers import REGULARIZERS
+from curvlab.references import DEFINITIONS
 
 F64 = torch.float64
 
 
-class Dense:
-    """A small net with its gradients and Hessian, formed entry by entry."""
+LR = 0.3
+
+
+class Dense(references.Dense):
+    """A small net with its references, whose forward pass and losses are written out here."""
 
     def __init__(self, widths: tuple[int, ...], n: int, loss: str, *, seed: int = 0, weighted: bool = False) -> None:
         draw = torch.Generator().manual_seed(seed)
         self.model = cl.problems.mlp(widths, dtype=F64, seed=seed)
-        self.x = torch.randn(n, widths[0], generator=draw, dtype=F64)
-        self.y = torch.randint(widths[-1], (n,), generator=draw)
-        self.test = (
-            torch.randn(5, widths[0], generator=draw, dtype=F64),
-            torch.randint(widths[-1], (5,), generator=draw),
-        )
-        self.loss, self.n = loss, n
-        self.weights = torch.rand(n, generator=draw, dtype=F64) + 0.1 if weighted else None
-        self.L = cl.Objective(self.model, loss, (self.x, self.y), weights=self.weights)
-        self.held_out = cl.Objective(self.model, loss, self.test)
-        self.w = self.L.params()
+        x = torch.randn(n, widths[0], generator=draw, dtype=F64)
+        y = torch.randint(widths[-1], (n,), generator=draw)
+        test = torch.randn(5, widths[0], generator=draw, dtype=F64), torch.randint(widths[-1], (5,), generator=draw)
+        weights = torch.rand(n, generator=draw, dtype=F64) + 0.1 if weighted else None
+        self.loss = loss
         self.shapes = [(name, p.shape) for name, p in self.model.named_parameters()]
-        s = torch.ones(n, dtype=F64) if self.weights is None else self.weights / self.weights.mean()
-        self.scale = s
-        self.G = torch.stack([s[i] * self._gradient(i) for i in range(n)])
-        self.g = self.G.mean(0)
-        self.H = torch.func.jacfwd(torch.func.grad(self.value))(self.w)
-        self.eigenvalues, self.eigenvectors = torch.linalg.eigh(self.H)
+        L = cl.Objective(self.model, loss, (x, y), weights=weights)
+        super().__init__(L, cl.Objective(self.model, loss, test), lr=LR)
+        s = torch.ones(n, dtype=F64) if weights is None else weights / weights.mean()
+        assert torch.allclose(self.scale, s, rtol=1e-15)
 
-    def outputs(self, w: Tensor, x: Tensor) -> Tensor:
+    def outputs(self, w: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
         parts = w.split([math.prod(shape) for _, shape in self.shapes])
         state = {name: part.view(shape) for (name, shape), part in zip(self.shapes, parts, strict=True)}
-        return torch.func.functional_call(self.model, state, (x,))
+        return torch.func.functional_call(self.model, state, (batch[0],))
 
-    def losses(self, w: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        z = self.outputs(w, x)
+    def losses(self, w: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        z, y = self.outputs(w, batch), batch[1]
         if self.loss == "cross_entropy":
             return torch.logsumexp(z, 1) - (z * nn.functional.one_hot(y, z.shape[1])).sum(1)
         return 0.5 * (z - nn.functional.one_hot(y, z.shape[1])).pow(2).sum(1)
 
-    def value(self, w: Tensor) -> Tensor:
-        return (self.scale * self.losses(w, self.x, self.y)).sum() / self.n
 
-    def _gradient(self, i: int) -> Tensor:
-        w = self.w.clone().requires_grad_()
-        return torch.autograd.grad(self.losses(w, self.x[i : i + 1], self.y[i : i + 1])[0], w)[0]
-
-    def batches(self, b: int, replacement: bool) -> Iterator[tuple[int, ...]]:
-        every = range(self.n)
-        return itertools.product(every, repeat=b) if replacement else itertools.combinations(every, b)
-
-    def batch_gradients(self, b: int, replacement: bool) -> Tensor:
-        """g_b of every batch, all of the same probability."""
-        return torch.stack([self.G[list(batch)].mean(0) for batch in self.batches(b, replacement)])
-
-    def S(self, b: int, replacement: bool) -> Tensor:
-        """E[g_b g_bᵀ] by going through every batch."""
-        g_b = self.batch_gradients(b, replacement)
-        return g_b.T @ g_b / len(g_b)
-
-    def accuracy(self, x: Tensor, y: Tensor, scale: Tensor | None = None) -> Tensor:
-        hits = (self.outputs(self.w, x).argmax(1) == y).double()
-        return (hits if scale is None else hits * scale).mean()
-
-    def loss_difference(self, b: int, replacement: bool, lr: float) -> Tensor:
-        after = [self.value(self.w - lr * g_b) for g_b in self.batch_gradients(b, replacement)]
-        return torch.stack(after).mean() - self.value(self.w)
-
-    def example_hessian(self, i: int) -> Tensor:
-        def loss(w: Tensor) -> Tensor:
-            return self.scale[i] * self.losses(w, self.x[i : i + 1], self.y[i : i + 1])[0]
-
-        return torch.func.jacfwd(torch.func.grad(loss))(self.w)
-
-    def batch_curvatures(self, b: int, replacement: bool) -> Tensor:
-        """g_bᵀ H_b g_b of every batch, with the Hessian of the batch's own loss."""
-        H = torch.stack([self.example_hessian(i) for i in range(self.n)])
-        found = []
-        for batch in self.batches(b, replacement):
-            g_b, H_b = self.G[list(batch)].mean(0), H[list(batch)].mean(0)
-            found.append(g_b @ H_b @ g_b)
-        return torch.stack(found)
-
-    def jacobian(self) -> Tensor:
-        """(N, C, P)"""
-        return torch.func.jacfwd(lambda w: self.outputs(w, self.x))(self.w)
-
-    def fisher_trace(self) -> Tensor:
-        """E over the model's own labels of the squared score, label by label; a unit Gaussian for squared error."""
-        J = self.jacobian()
-        if self.loss == "squared_error":
-            return (self.scale * J.square().sum((1, 2))).mean()
-        p = self.outputs(self.w, self.x).softmax(1)
-        scores = J - (p[:, :, None] * J).sum(1, keepdim=True)  # ∇ log p_c
-        return (self.scale * (p * scores.square().sum(2)).sum(1)).mean()
-
-    def score_norms(self) -> Tensor:
-        """(n,) E over the model's own labels of ‖s_i ∇ log p(y|x_i)‖²."""
-        J, z = self.jacobian(), self.outputs(self.w, self.x)
-        if self.loss == "squared_error":
-            return self.scale**2 * J.square().sum((1, 2))
-        p = z.softmax(1)
-        scores = J - (p[:, :, None] * J).sum(1, keepdim=True)
-        return self.scale**2 * (p * scores.square().sum(2)).sum(1)
-
-    def micro_batches(self) -> list[slice]:
-        return [slice(lo, min(lo + MICRO, self.n)) for lo in range(0, self.n, MICRO)]
-
-    def by_micro_batch(self, function: Callable[[slice], Tensor]) -> Tensor:
-        """The mean over micro-batches, by their size."""
-        return sum(len(self.G[part]) / self.n * function(part) for part in self.micro_batches())
-
-    def mean_jacobian(self, part: slice) -> Tensor:
-        """(C, P)"""
-        return (self.scale[:, None, None] * self.jacobian())[part].mean(0)
-
-    def output_gradient(self) -> Tensor:
-        z = self.outputs(self.w, self.x)
-        z = z.softmax(1) if self.loss == "cross_entropy" else z
-        return (self.scale[:, None] * (z - nn.functional.one_hot(self.y, z.shape[1])).abs()).mean(0)
-
-    def ntk(self) -> Tensor:
-        """(1/N) Jᵀ J, which has the non-zero eigenvalues of (1/N) J Jᵀ."""
-        J = (self.scale.sqrt()[:, None, None] * self.jacobian()).reshape(-1, len(self.w))
-        return J.T @ J / self.n
-
-    def divisor(self) -> Tensor:
-        """What an adaptive optimizer could divide by."""
-        return 0.5 + torch.linspace(0, 1, len(self.w), dtype=F64)
-
-    def w_before(self) -> Tensor:
-        return self.w + BEFORE * torch.linspace(-1, 1, len(self.w), dtype=F64)
-
-    def secant(self) -> Tensor:
-        before = self.w_before()
-        step = self.w - before
-        linear = torch.func.grad(self.value)(before) @ step
-        return 2 * (self.value(self.w) - self.value(before) - linear) / (step @ step)
-
-    def covariance(self) -> Tensor:
-        return (self.G - self.g).T @ (self.G - self.g) / self.n
-
-    def layers(self) -> list[slice]:
-        sizes: dict[str, int] = {}
-        for name, shape in self.shapes:
-            sizes[name.split(".")[0]] = sizes.get(name.split(".")[0], 0) + math.prod(shape)
-        ends = list(itertools.accumulate(sizes.values()))
-        return [slice(end - size, end) for end, size in zip(ends, sizes.values(), strict=True)]
-
-    def by_layer(self, function: Callable[[slice], Tensor]) -> Tensor:
-        return torch.stack([function(place) for place in self.layers()])
-
-    def along_step(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.stack([function(self.w - alpha * LR * self.g) for alpha in (0.25, 0.5, 0.75, 1.0, 1.25)])
-
-    def hessian_at(self, w: Tensor) -> Tensor:
-        return torch.func.jacfwd(torch.func.grad(self.value))(w)
-
-    def top_share(self, k: int) -> Tensor:
-        return (self.eigenvectors[:, -k:].T @ self.g).square().sum() / self.g.square().sum()
-
-
-def top(A: Tensor, k: int) -> Tensor:
-    return torch.linalg.eigvalsh(A).flip(0)[:k]
-
-
-def leading(A: Tensor, k: int) -> Tensor:
-    """The k top eigenvectors, (P, k)."""
-    return torch.linalg.eigh(A).eigenvectors[:, -k:]
-
-
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b / (a.norm() * b.norm())
-
-
-def resultant(g_b: Tensor) -> Tensor:
-    return (g_b / g_b.norm(dim=1, keepdim=True)).mean(0).square().sum()
-
-
-def pair_cosines(G: Tensor) -> Tensor:
-    return torch.stack([cosine(G[i], G[j]) for i in range(len(G)) for j in range(len(G)) if i != j]).mean()
-
-
-def largest_share(x: Tensor) -> Tensor:
-    return x.max() / x.sum()
-
-
-def variation(norms: Tensor) -> Tensor:
-    return norms.std(correction=0) / norms.mean()
-
-
-def projected(S: Tensor, Q: Tensor) -> Tensor:
-    return (Q.T @ S @ Q).trace() / S.trace()
-
-
-# The definitions, of (net, batch size, replacement). A new diagnostic needs a line here.
-LR, DRAWN, BEFORE = 0.3, (0, 3, 4), 0.1  # BEFORE: how far the parameters moved in the step before
-MICRO = 4  # examples of a micro-batch
-DEFINITIONS: dict[str, Callable[[Dense, int, bool], Tensor]] = {
-    "loss": lambda d, b, r: d.value(d.w),
-    "gradient_norm": lambda d, b, r: d.g.norm(),
-    "batch_gradient_norm": lambda d, b, r: d.G[list(DRAWN)].mean(0).norm(),
-    "train_accuracy": lambda d, b, r: d.accuracy(d.x, d.y, d.scale),
-    "test_loss": lambda d, b, r: d.losses(d.w, *d.test).mean(),
-    "test_accuracy": lambda d, b, r: d.accuracy(*d.test),
-    "gradient_second_moment_trace": lambda d, b, r: d.S(b, r).trace(),
-    "gradient_variance": lambda d, b, r: (d.G - d.g).square().sum(1).mean(),
-    "gradient_concentration": lambda d, b, r: d.g @ d.g / d.S(b, r).trace(),
-    "interaction_trace": lambda d, b, r: (d.H @ d.S(b, r)).trace(),
-    "interaction_sharpness": lambda d, b, r: (d.H @ d.S(b, r)).trace() / d.S(b, r).trace(),
-    "instability": lambda d, b, r: (d.H @ d.S(b, r)).trace() / (d.g @ d.g),
-    "expected_loss_difference": lambda d, b, r: d.loss_difference(b, r, LR),
-    "sharpness": lambda d, b, r: d.eigenvalues[-1],
-    "hessian_eigenvalues": lambda d, b, r: d.eigenvalues.flip(0)[:5],
-    "gradient_alignment": lambda d, b, r: (d.eigenvectors[:, -1] @ d.g).abs() / d.g.norm(),
-    "gradient_top_share": lambda d, b, r: d.top_share(5),
-    "gradient_variance_top_share": lambda d, b, r: largest_share((d.G - d.g).square().sum(1)),
-    "gradient_noise_scale": lambda d, b, r: d.covariance().trace() / (d.g @ d.g),
-    "example_gradient_cosine": lambda d, b, r: pair_cosines(d.G),
-    "mean_resultant_length": lambda d, b, r: resultant(d.batch_gradients(b, r)),
-    "batch_gradient_norm_variation": lambda d, b, r: variation(d.batch_gradients(b, r).norm(dim=1)),
-    "batch_gradient_top_share": lambda d, b, r: projected(d.S(b, r), d.eigenvectors[:, -5:]),
-    "loss_output_gradient": lambda d, b, r: d.output_gradient(),
-    "gradient_covariance_eigenvalues": lambda d, b, r: top(d.covariance(), 5),
-    "gradient_covariance_effective_rank": lambda d, b, r: d.covariance().trace() ** 2 / d.covariance().square().sum(),
-    "covariance_overlap": lambda d, b, r: (leading(d.H, 4).T @ leading(d.covariance(), 4)).square().sum() / 4,
-    "fisher_trace": lambda d, b, r: d.fisher_trace(),
-    "ntk_eigenvalues": lambda d, b, r: top(d.ntk(), 5),
-    "preconditioned_sharpness": lambda d, b, r: top(d.H / torch.outer(d.divisor(), d.divisor()).sqrt(), 1)[0],
-    "batch_sharpness": lambda d, b, r: (d.batch_curvatures(b, r) / d.batch_gradients(b, r).square().sum(1)).mean(),
-    "batch_sharpness_of_means": lambda d, b, r: d.batch_curvatures(b, r).mean() / d.S(b, r).trace(),
-    "secant_sharpness": lambda d, b, r: d.secant(),
-    "gradient_cosine": lambda d, b, r: cosine(d.g, torch.func.grad(d.value)(d.w_before())),
-    "batch_gradient_cosine": lambda d, b, r: cosine(d.G[list(DRAWN)].mean(0), d.G[0]),
-    "directional_sharpness": lambda d, b, r: d.along_step(lambda w: d.g @ d.hessian_at(w) @ d.g) / (d.g @ d.g),
-    "directional_alignment": lambda d, b, r: d.along_step(
-        lambda w: (leading(d.hessian_at(w), 1)[:, 0] @ d.eigenvectors[:, -1]).abs()
-    ),
-    "loss_along_step": lambda d, b, r: d.along_step(d.value),
-    "hessian_trace": lambda d, b, r: d.H.trace(),
-    "ggn_trace": lambda d, b, r: d.fisher_trace(),
-    "layer_sharpness": lambda d, b, r: d.by_layer(lambda place: top(d.H[place, place], 1)[0]),
-    "layer_hessian_trace": lambda d, b, r: d.by_layer(lambda place: d.H[place, place].trace()),
-    "layer_gradient_norm": lambda d, b, r: d.by_layer(lambda place: d.g[place].norm()),
-    "layer_parameter_norm": lambda d, b, r: d.by_layer(lambda place: d.w[place].norm()),
-    "trajectory_distance": lambda d, b, r: torch.zeros(()),  # from the own start; other ones in test_flow.py
-    "microbatch_gradient_norm": lambda d, b, r: d.by_micro_batch(lambda part: d.G[part].mean(0).norm()),
-    "gradient_norm_penalty": lambda d, b, r: d.by_micro_batch(lambda part: d.G[part].mean(0).square().sum()),
-    "gradient_norm_difference_penalty": lambda d, b, r: DEFINITIONS["gradient_norm_penalty"](d, b, r),
-    "sampled_gradient_norm_penalty": lambda d, b, r: torch.stack(
-        [d.G[part].mean(0).square().sum() for part in d.micro_batches()]
-    ).mean(),
-    "fisher_trace_penalty": lambda d, b, r: d.by_micro_batch(
-        lambda part: d.score_norms()[part].mean() / len(d.G[part])
-    ),
-    "average_jacobian_penalty": lambda d, b, r: d.by_micro_batch(
-        lambda part: d.mean_jacobian(part).mean(0).square().sum()
-    ),
-    "unit_jacobian_penalty": lambda d, b, r: d.by_micro_batch(
-        lambda part: d.mean_jacobian(part).square().sum(1).mean()
-    ),
-    "implicit_regularizer": lambda d, b, r: DEFINITIONS["gradient_norm_penalty"](d, b, r) / 4,
-    "implicit_regularizer_mean": lambda d, b, r: d.g @ d.g / 4,
-    "implicit_regularizer_variance": lambda d, b, r: d.by_micro_batch(
-        lambda part: (d.G[part].mean(0) - d.g).square().sum() / 4
-    ),
-}
 ELSEWHERE = {"hessian_density"}  # a function, in a test of its own
 
-# Options that make a diagnostic as accurate as it can be.
-TIGHT: dict[str, dict] = {
-    "interaction_trace": {"exact": True},
-    "interaction_sharpness": {"exact": True},
-    "instability": {"exact": True},
-    "expected_loss_difference": {"samples": 1000},
-    "mean_resultant_length": {"samples": 400},
-    "batch_gradient_norm_variation": {"samples": 400},
-    "batch_sharpness": {"samples": 300},
-    "batch_sharpness_of_means": {"samples": 300},
-    "layer_hessian_trace": {"probes": 500},
-    "sharpness": {"tol": 1e-12},
-    "hessian_eigenvalues": {"tol": 1e-12},
-    "gradient_alignment": {"tol": 1e-12},
-    "gradient_top_share": {"tol": 1e-12},
-    "batch_gradient_top_share": {"tol": 1e-12},
-    "covariance_overlap": {"tol": 1e-12, "k": 4},
-    "ntk_eigenvalues": {"tol": 1e-12},
-    "preconditioned_sharpness": {"tol": 1e-12},
-    "directional_alignment": {"tol": 1e-12},
-    "layer_sharpness": {"tol": 1e-12},
-    "microbatch_gradient_norm": {"micro_batch_size": MICRO},
-    **{name: {"micro_batch_size": MICRO} for name in REGULARIZERS},
-    **{name: {"micro_batch_size": MICRO, "draws": 200} for name, entry in REGULARIZERS.items() if entry.draws},
-}
 TWO_POINTS = ("secant_sharpness", "gradient_cosine", "batch_gradient_cosine")
 
 
@@ -336,7 +81,6 @@ def dense(name: str) -> Dense:
 def snapshot(
     d: Dense, b, *, replacement: bool = False, seed: int = 0, w: Tensor | None = None, carry: dict | None = None
 ) -> cl.Snapshot:
-    drawn = d.G[list(DRAWN)].mean(0) if d.n > max(DRAWN) else d.g
     return cl.Snapshot(
         d.L,
         d.w if w is None else w,
@@ -345,7 +89,7 @@ def snapshot(
         batch_size=b,
         replacement=replacement,
         lr=LR,
-        batch_gradient=drawn,
+        batch_gradient=d.drawn,
         preconditioner=d.divisor(),
         test=d.held_out,
         carry=carry,
@@ -365,7 +109,7 @@ def evaluated(at: cl.Snapshot, requests) -> dict[str, cl.Measurement]:
 
 
 def tight(d: Dense, names, b, *, replacement: bool = False) -> dict[str, cl.Measurement]:
-    requests = [(name, TIGHT.get(name, {})) for name in names]
+    requests = [(name, references.accurate(d).get(name, {})) for name in names]
     carry = step_before(d) if set(names) & set(TWO_POINTS) else None
     return evaluated(snapshot(d, b, replacement=replacement, carry=carry), requests)
 
@@ -411,10 +155,7 @@ def test_definition_of_the_density():
     d = dense("cross_entropy")
     m = evaluated(snapshot(d, 1), [("hessian_density", {"num_probes": 100, "steps": 50})])["hessian_density"]
     grid = np.array(m.axis[1])
-    true = d.eigenvalues.numpy()
-    sigma = (true[-1] - true[0]) / 100
-    bumps = np.exp(-0.5 * ((grid[:, None] - true) / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))
-    assert np.all(np.abs(m.value - bumps.mean(1)) <= 5 * m.error + 1e-6 * m.value.max())
+    assert np.all(np.abs(m.value - d.density(torch.tensor(grid)).numpy()) <= 5 * m.error + 1e-6 * m.value.max())
     assert np.trapezoid(m.value, grid) == pytest.approx(1, abs=1e-3)
 
 
@@ -445,9 +186,7 @@ def test_a_single_example_has_no_spread(name):
 @pytest.mark.parametrize("name", sorted(set(DEFINITIONS) - NEEDS_TWO))
 def test_a_single_example(name):
     d = dense("one_example")
-    if name in ("batch_gradient_cosine", "batch_gradient_norm"):
-        truth = cosine(d.g, d.G[0]) if name == "batch_gradient_cosine" else d.g.norm()
-    elif name in ("interaction_sharpness", "instability"):
+    if name in ("interaction_sharpness", "instability"):
         truth = d.g @ d.H @ d.g / (d.g @ d.g)
     elif name == "gradient_concentration":
         truth = torch.ones(())
@@ -455,7 +194,7 @@ def test_a_single_example(name):
         truth = DEFINITIONS[name](d, 1, False)
     m = tight(d, [name], 1)[name]
     agree(m, truth, name)
-    probes = name == "layer_hessian_trace" or "draws" in TIGHT.get(name, {})
+    probes = name == "layer_hessian_trace" or "draws" in references.accurate(d).get(name, {})
     assert m.kind != "sem" or probes  # there the chance does not lie in batches
     for replacement_b in (1, 4):
         again = tight(d, [name], replacement_b, replacement=True)[name]

@@ -1223,8 +1223,27 @@ REFUSALS = {
         "the batches index 24 examples, but the objective has 12",
         lambda: train(batches=cl.Batches(24, 4, 1)),
     ),
+    "check": (ValueError, "check is .sometimes.; expected .first., .always. or", lambda: objective(check="sometimes")),
+    "forward_mode_of_a_function": (
+        ValueError,
+        "forward mode does not go through Doubled in the loss .*setup_context.*use engine='graph'",
+        lambda: cl.hessian(objective(loss=lambda z, y: Doubled.apply(z).square().sum(1)), engine="forward_over_reverse")
+        @ objective().params(),
+    ),
     "train_needs_test": (ValueError, "test_loss needs test", lambda: train(diagnostics=["test_loss"])),
 }
+
+
+class Doubled(torch.autograd.Function):
+    """Of the style that torch.func refuses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -1238,6 +1257,9 @@ OWN_TESTS = {"linalg", "claims", "problems", "measurement", "runs", "plots", "re
 OWN_TESTS |= {
     "linearize",
     "gradient_graph",
+    "self_check",
+    "references",
+    "verification",
     "throughput",
     "methods",
     "flow",

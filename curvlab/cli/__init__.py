@@ -14,6 +14,7 @@ USAGE = """usage: curvlab COMMAND ...
   measure RUN [options]     measure the final point of a run
   measure --model package.module:make_model --data package.module:make_data [--checkpoint FILE] [options]
                             measure a model of one's own
+  verify RUN|--model ...    every quantity on a small copy against dense references
   bench hvp RUN|--model ...|--problem NAME
                             how fast Hessian-vector products are by every engine, and which one to take
   watch RUN [options]       follow a run while it trains
@@ -35,6 +36,7 @@ COMMANDS = {
     "measure": "points",
     "landscape": "points",
     "bench": "benching",
+    "verify": "verifying",
     "watch": "watching",
     "export": "exporting",
     "report": "reporting",
