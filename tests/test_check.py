@@ -12,6 +12,7 @@ import random
 from dataclasses import replace
 
 import pytest
+import scipy.special  # noqa: F401  # whose import adds a filter of warnings
 import torch
 from cases import BY_NAME, CASES, classes, inputs
 from test_guard import state
