@@ -82,7 +82,7 @@ class Ranks:
 
     def all(self, flag: bool) -> bool:
         """Whether something is so on every rank."""
-        return self.count == 1 or all(self._objects(flag))
+        return flag if self.count == 1 else all(self._objects(flag))
 
     def of_first(self, value: T) -> T:
         """The value that the first rank has."""
