@@ -11,17 +11,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
+    SequentialSampler,
     default_collate,
 )
 
 from .guard import random_states
 from .ranks import Ranks
+
+# Samplers that visit each example once an epoch, on all ranks together; of others nobody knows.
+VISIT_ALL = (SequentialSampler, DistributedSampler)
+VISIT_ALL_BY_NAME = {"LengthGroupedSampler", "DistributedLengthGroupedSampler", "ShardSampler"}  # of transformers
 
 
 class Examples:
@@ -64,6 +69,7 @@ class Examples:
             sizes = [0]
         self.batches = batches
         self.offsets = [part.start + sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        self._versions = [leaf._version for batch in batches for leaf in leaves(batch)]
 
     def __len__(self) -> int:
         return self.size
@@ -105,6 +111,19 @@ class Examples:
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor, such as by a copy on another device."""
         self.batches = [tree_map(function, batch) for batch in self.batches]
+        self._versions = [leaf._version for batch in self.batches for leaf in leaves(batch)]
+
+    def require_unchanged(self) -> None:
+        """Refuse data that somebody has changed in place since they were read.
+
+        Raises:
+            ValueError: naming the fix.
+        """
+        if self._versions != [leaf._version for batch in self.batches for leaf in leaves(batch)]:
+            raise ValueError(
+                "the data have been changed in place since the objective was made, so its numbers would be of other data; "
+                "pass copies, such as data=(x.clone(), y.clone()), or make the Objective anew"
+            )
 
     def nbytes(self) -> int:
         return sum(leaf.nbytes for batch in self.batches for leaf in leaves(batch))
@@ -288,6 +307,11 @@ def _read(data: Any, pairs: bool, ranks: Ranks) -> tuple[list[Any], int | None]:
         if data.batch_sampler is None:  # automatic batching is off: an item of the dataset is a batch
             return _items(data.dataset, lambda items: data.collate_fn(items[0]), 1)[0], None
         return _items(data.dataset, data.collate_fn, data.batch_size or 1, ranks)
+    if isinstance(data, IterableDataset):
+        raise TypeError(
+            "data is an IterableDataset, which cannot be read twice in the same order; pass a list of batches: "
+            "data=list(DataLoader(dataset, batch_size=...))"
+        )
     if isinstance(data, Dataset):
         return _items(data, default_collate, 1, ranks)
     if hasattr(data, "features") and hasattr(data, "__getitem__"):  # of Hugging Face datasets
@@ -319,17 +343,25 @@ def _within(batches: list[Any], sizes: list[int], part: slice) -> tuple[list[Any
 
 
 def _visits_all(loader: DataLoader) -> None:
-    """Refuse a loader whose sampler leaves examples out or takes some twice: it would be read as its whole data set."""
-    sampler, batches, n = loader.sampler, loader.batch_sampler, len(loader.dataset)  # type: ignore[arg-type]
-    drawn = isinstance(sampler, SubsetRandomSampler | WeightedRandomSampler) or (
-        isinstance(sampler, RandomSampler) and (sampler.replacement or sampler.num_samples != n)
-    )
-    listed = isinstance(batches, list | tuple) and sorted(i for batch in batches for i in batch) != list(range(n))
-    if drawn or listed:
-        kind = type(sampler if drawn else batches).__name__
+    """Refuse a loader that may leave examples out or take some twice: it would be read as its whole data set."""
+    n, sampler = len(loader.dataset), loader.sampler  # type: ignore[arg-type]
+    if loader.batch_size is None and loader.batch_sampler is not None:  # a sampler of batches was given
+        sampler = batches = loader.batch_sampler
+        if isinstance(batches, list | tuple):
+            sampler = [i for batch in batches for i in batch]
+        elif type(batches) is BatchSampler:
+            sampler = batches.sampler
+    if isinstance(sampler, RandomSampler):
+        whole = not sampler.replacement and sampler.num_samples == n
+    elif isinstance(sampler, list | tuple | range):
+        whole = sorted(sampler) == list(range(n))
+    else:
+        whole = isinstance(sampler, VISIT_ALL) or type(sampler).__name__ in VISIT_ALL_BY_NAME
+    if not whole:
         raise ValueError(
-            f"the DataLoader draws by a {kind}, which need not visit each example once, as a mean over the data set does; "
-            "pass a DataLoader of torch.utils.data.Subset(dataset, indices), or the batches: list(loader)"
+            f"the DataLoader draws by a {type(sampler).__name__}, which need not visit each example once, as a mean over "
+            "the data set does; pass a DataLoader without it, or of torch.utils.data.Subset(dataset, indices), or the "
+            "batches: list(loader)"
         )
 
 
@@ -354,6 +386,15 @@ def _items(
                 f"reading example {i} of the dataset twice gives different values, as random augmentation "
                 "does; measure on a fixed set: pass the dataset without augmentation"
             )
+    together = [
+        [torch.nan_to_num(leaf) for leaf in leaves(collate([dataset[i] for i in range(min(group, n))]))]
+        for _ in range(4 if group > 1 else 1)
+    ]
+    if any(not torch.equal(a, b) for other in together[1:] for a, b in zip(together[0], other, strict=True)):
+        raise ValueError(
+            "collating the same examples twice gives different values, as mixing them at random does; measure on a fixed "
+            "set: pass the dataset, or a DataLoader without that collate_fn"
+        )
     part = (ranks or Ranks()).part(n)
     groups = range(part.start, part.stop, group)
     batches = [collate([dataset[i] for i in range(lo, min(lo + group, part.stop))]) for lo in groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase as fnmatch
@@ -12,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Examples, leaves, take
+from .guard import get_random_states, same_random_states
+from .linalg.probes import generator, normal
 from .losses import Averaged, cross_entropy, squared_error
 from .memory import total_bytes
 
 if TYPE_CHECKING:
-    from .objective import Objective
+    from .objective import Chunk, Objective
 
 COUPLING: tuple[type, ...] = (nn.modules.batchnorm._BatchNorm,)
 RANDOM: tuple[type, ...] = (nn.modules.dropout._DropoutNd, nn.RReLU)
-
+DRAWS = 32  # evaluations of a model that draws random numbers, before it is believed not to use them
 
 Which = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
 
@@ -32,11 +35,19 @@ def trainable(model: nn.Module, which: Which | None = None) -> dict[str, Tensor]
         which: names of parameters or modules, or patterns such as ``"blocks.*.weight"``; or a function of (name, parameter).
 
     Raises:
-        ValueError: there are none, a lazy one has no shape yet, or gradients are sparse.
+        ValueError: there are none, a lazy one has no shape yet, gradients are sparse, an embedding rewrites its table, or
+            two parameters share memory.
     """
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    named = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, p in named if nn.parameter.is_lazy(p)]
     if lazy:
         raise ValueError(f"parameter {lazy[0]} has no shape yet; run the model once on a batch before measuring")
+    rewriting = [name for name, m in model.named_modules() if getattr(m, "max_norm", None) is not None]
+    if rewriting:
+        raise ValueError(
+            f"module {rewriting[0]} has max_norm={model.get_submodule(rewriting[0]).max_norm}, by which the forward pass "
+            f"rewrites its weight; measure with model.{rewriting[0]}.max_norm = None"
+        )
     sparse = [name for name, m in model.named_modules() if getattr(m, "sparse", False)]
     if sparse:
         raise ValueError(
@@ -45,6 +56,7 @@ def trainable(model: nn.Module, which: Which | None = None) -> dict[str, Tensor]
     found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError("the model has no parameter with requires_grad=True; unfreeze what is to be measured")
+    _apart(found)
     if which is None:
         return found
     aliases = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if _picked(name, p, which)]
@@ -62,6 +74,23 @@ def _picked(name: str, p: nn.Parameter, which: Which) -> bool:
     return any(fnmatch(name, pattern) or fnmatch(name, f"{pattern}.*") for pattern in patterns)
 
 
+def _apart(found: dict[str, Tensor]) -> None:
+    """Refuse parameters that are one tensor for the model and several for autograd."""
+    ends: dict[int, tuple[int, str]] = {}  # of the last parameter in each storage
+    for name, p in sorted(found.items(), key=lambda item: item[1].storage_offset()):
+        if p.is_sparse or not p.numel() or p.device.type == "meta":
+            continue
+        key, start = p.untyped_storage().data_ptr(), p.storage_offset()
+        end, other = ends.get(key, (0, ""))
+        if start < end:
+            raise ValueError(
+                f"parameters {other} and {name} share memory without being the same Parameter, so a step changes both and "
+                "each is counted; tie them by assigning one Parameter to both modules, without .data"
+            )
+        last = sum(int(stride) * (size - 1) for size, stride in zip(p.shape, p.stride(), strict=True))
+        ends[key] = int(start + last + 1), name
+
+
 def real_dtype(variables: dict[str, Tensor], asked: torch.dtype | None) -> torch.dtype:
     """The one real dtype of the parameters, or the one asked for.
 
@@ -69,7 +98,13 @@ def real_dtype(variables: dict[str, Tensor], asked: torch.dtype | None) -> torch
         ValueError: mixed or complex parameters, or a precision in which curvature drowns in rounding.
     """
     dtypes = {p.dtype for p in variables.values()}
-    if len(dtypes) > 1 or next(iter(dtypes)).is_complex:
+    imaginary = next((name for name, p in variables.items() if p.is_complex()), None)
+    if imaginary:
+        raise ValueError(
+            f"parameter {imaginary} is {variables[imaginary].dtype}; expected real ones, since the Hessian is linear over "
+            "the reals only. Hold nn.Parameter(torch.view_as_real(p)) and take torch.view_as_complex of it in forward"
+        )
+    if len(dtypes) > 1:
         listing = ", ".join(f"{name}: {p.dtype}" for name, p in list(variables.items())[:6])
         raise ValueError(
             f"parameters have dtypes {sorted(map(str, dtypes))} ({listing}, ...); expected one real dtype. "
@@ -182,51 +217,118 @@ def alike(L: Objective) -> None:
 def deterministic_mean(L: Objective) -> None:
     """Refuse a loss that is not finite, not deterministic, or not a mean over examples.
 
-    Costs a few forward passes of 8 examples.
+    Costs a few forward passes of 8 examples; dozens for a model that draws random numbers where it is measured.
 
     Raises:
         ValueError: naming the module, parameter or example, and the fix.
     """
+    _rewritten_attributes(L)
+    if L.mode == "train":
+        _trained_spectral_norm(L)
     coupling = live_module(L, COUPLING)
-    if coupling and (L.mode == "eval" or len(L.examples.batches) > 1 or L.chunk_size < L.size):
+    if coupling and (L.mode == "eval" or len(L.examples.batches) > 1 or L.chunk_size < L.size or L.size < 2):
         raise ValueError(
             f"{coupling} uses the statistics of the batch, so the loss is not a mean over examples. Measure in "
             "mode='eval' with tracked statistics, or in mode='train' with all data as a single batch and chunk_size=None"
         )
     with L.measuring(), torch.no_grad():
-        params = L.leaves_at(L.params())
-        before = [p.clone() for p in params]
-        chunk = L.first(8)
+        w, chunk = L.params(), L.first(8)
+        for name, p in L.unflatten(w).items():
+            if not torch.isfinite(p).all():
+                raise ValueError(
+                    f"parameter {name} holds values that are not finite; measure a model that has not diverged"
+                )
+        params = L.leaves_at(w)
         losses = L.losses(params, chunk)
-        _untouched_parameters(L, params, before)
+        rewritten = [name for name, p, q in zip(L.names, params, L.split(w), strict=True) if not torch.equal(p, q)]
+        L.refuse_rewritten(rewritten)  # through .data, which no version counts
         if not torch.isfinite(losses).all():
             i = int(torch.nonzero(~torch.isfinite(losses))[0, 0])
             raise ValueError(
                 f"the loss of example {i} is {float(losses[i])} at the model's current parameters; check the parameters, "
                 "the inputs and the targets for NaN and out-of-range classes"
             )
-        if not _close(losses, L.losses(params, chunk)):
+        _mean_over_examples(L, w, chunk, bool(coupling))
+        zeros = [not bool(p.any()) for p in L.split(w)]
+        if any(zeros):  # a head of zeros, as many networks start with, hides everything before it
+            noise = L.split(0.1 * normal(w.shape, w, generator=generator("a head of zeros")))
+            moved = [p + q if zero else p for p, q, zero in zip(L.split(w), noise, zeros, strict=True)]
+            _mean_over_examples(L, L.join(moved), chunk, bool(coupling))
+
+
+def _mean_over_examples(L: Objective, w: Tensor, chunk: Chunk, coupling: bool) -> None:
+    params = L.leaves_at(w)
+    draws = _draws(L, params, chunk)
+    L.draws = L.draws or draws
+    losses = L.losses(params, chunk)
+    if not torch.isfinite(losses).all():
+        return
+    seeds = range(1, DRAWS + 1 if draws else 1)
+    masked = any(not _close(losses, L.losses(params, replace(chunk, seed=chunk.seed + seed))) for seed in seeds)
+    if (masked and L.mode == "eval") or not _close(losses, L.losses(params, chunk)):
+        raise ValueError(
+            "the loss of the same examples differs between two evaluations: the model is random in "
+            f"mode={L.mode!r} (sampling or dropout by hand?). Make it deterministic in eval mode"
+        )
+    if coupling or masked:
+        return  # no mean over examples, or masks that depend on the position in the chunk
+    half = max(1, chunk.size // 2)
+    ranges = [r for r in (slice(0, half), slice(half, chunk.size)) if r.stop > r.start]
+    parts = [replace(chunk, positions=r, batch=take(chunk.batch, r), weights=_part(chunk.weights, r)) for r in ranges]
+    if not _close(losses, torch.cat([L.losses(params, part) for part in parts])):
+        raise ValueError(
+            "the loss of an example depends on the other examples of its batch, so the loss is not a mean over "
+            "examples. Remove the coupling (batch statistics, contrastive terms, x - x.mean(0)) from the model or loss"
+        )
+
+
+def _draws(L: Objective, params: list[Tensor], chunk: Chunk) -> bool:
+    """Whether an evaluation draws from the global generators, whatever it does with the numbers."""
+    reseeds, L.draws, before = L.draws, False, get_random_states()
+    try:
+        L.losses(params, chunk)
+    finally:
+        L.draws = reseeds
+    return not same_random_states(before, get_random_states())
+
+
+def _trained_spectral_norm(L: Objective) -> None:
+    """Refuse singular vectors that the forward pass improves as constants: the Hessian lacks their derivative."""
+    for name, module in L.model.named_modules():
+        hooks = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+        if (type(module).__name__ == "_SpectralNorm" or "SpectralNorm" in hooks) and module.training:
             raise ValueError(
-                "the loss of the same examples differs between two evaluations: the model is random in "
-                f"mode={L.mode!r} (sampling or dropout by hand?). Make it deterministic in eval mode"
-            )
-        masked = L.mode == "train" and not _close(losses, L.losses(params, replace(chunk, seed=chunk.seed + 1)))
-        if coupling or masked:
-            return  # no mean over examples, or masks that depend on the position in the chunk
-        half = max(1, chunk.size // 2)
-        ranges = [r for r in (slice(0, half), slice(half, chunk.size)) if r.stop > r.start]
-        parts = [
-            replace(chunk, positions=r, batch=take(chunk.batch, r), weights=_part(chunk.weights, r)) for r in ranges
-        ]
-        if not _close(losses, torch.cat([L.losses(params, part) for part in parts])):
-            raise ValueError(
-                "the loss of an example depends on the other examples of its batch, so the loss is not a mean over "
-                "examples. Remove the coupling (batch statistics, contrastive terms, x - x.mean(0)) from the model or loss"
+                f"the spectral norm of {name.split('.parametrizations')[0]} takes a step of power iteration in every "
+                "forward pass in training, whose derivative autograd does not see; measure in mode='eval'"
             )
 
 
-def no_recomputation(L: Objective) -> None:
+def _rewritten_attributes(L: Objective) -> None:
+    """Refuse a forward pass that changes in place a tensor which is neither a parameter nor a buffer, and undo it."""
+    held = [
+        (f"{name}.{key}" if name else key, value, value._version, value.clone())
+        for name, module in L.model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, Tensor) and not value.requires_grad and not value.is_inference()
+    ]
+    if not held:
+        return
+    with L.measuring(), torch.no_grad():
+        L.losses(L.leaves_at(), L.first(2))
+    for name, value, version, before in held:
+        if value._version != version:
+            value.copy_(before)
+            raise ValueError(
+                f"the model's forward pass changes its attribute {name} in place, a tensor that is neither a parameter nor "
+                "a buffer, so measuring would change training; make it a buffer by register_buffer"
+            )
+
+
+def no_recomputation(L: Objective) -> list[Tensor | None]:
     """Refuse activation checkpointing: what it computes again in the backward pass, it computes at the live parameters.
+
+    Returns:
+        The gradient of the first examples by parameter, None where they do not depend on it.
 
     Raises:
         ValueError: naming the module that is computed again.
@@ -239,9 +341,11 @@ def no_recomputation(L: Objective) -> None:
     with L.measuring():
         try:
             params = L.leaves_at()
-            losses = L.losses(params, L.first(2))
+            losses = L.losses(params, L.first(8))
             forward = len(calls)
-            L.grads(losses.sum(), params)
+            found: list[Tensor | None] = [None] * len(params)
+            if losses.requires_grad:
+                found = list(torch.autograd.grad(losses.sum(), params, allow_unused=True))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -249,6 +353,28 @@ def no_recomputation(L: Objective) -> None:
         raise ValueError(
             f"{calls[forward] or 'the model'} is computed again in the backward pass (activation checkpointing), at the "
             "live parameters instead of those measured; switch checkpointing off while measuring"
+        )
+    return found
+
+
+def dependence(L: Objective, gradient: list[Tensor | None]) -> None:
+    """Refuse a loss that depends on no parameter, and warn of the parameters that it does not depend on.
+
+    Raises:
+        ValueError: naming a parameter, and what may have cut it off.
+    """
+    idle = [name for name, g in zip(L.names, gradient, strict=True) if g is None]
+    if len(idle) == len(L.names):
+        raise ValueError(
+            f"the loss depends on none of the {len(L.names)} parameters ({L.names[0]}, ...): is it of another model, or cut "
+            "off by detach(), .item() or no_grad()? A batch_loss must call the model that it is given"
+        )
+    if idle:
+        listing = ", ".join(idle[:6]) + (", ..." if len(idle) > 6 else "")
+        warnings.warn(
+            f"the loss of the first examples does not depend on {listing}: their gradient and curvature are zero. If it "
+            "should, look for detach(), .item() or no_grad() on the way; if not, requires_grad_(False) leaves them out",
+            stacklevel=3,
         )
 
 
@@ -290,19 +416,6 @@ def finite_point(L: Objective, w: Tensor) -> None:
             what = "NaN" if bool(p.isnan().any()) else "infinity"
             raise FloatingPointError(
                 f"parameter {name} holds {what}: training has diverged; go back to a checkpoint and take a smaller lr"
-            )
-
-
-def _untouched_parameters(L: Objective, params: list[Tensor], before: list[Tensor]) -> None:
-    for name, p, q in zip(L.names, params, before, strict=True):
-        if not torch.isfinite(q).all():
-            raise ValueError(
-                f"parameter {name} holds values that are not finite; measure a model that has not diverged"
-            )
-        if not torch.equal(p, q):
-            raise ValueError(
-                f"parameter {name} is rewritten by the model's own forward pass (as Embedding(max_norm=...) does), so the "
-                "loss is not a function of it; remove the rewriting"
             )
 
 

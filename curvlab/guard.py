@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 # Where matrix products may run in reduced precision (TF32 on a GPU, bfloat16 on a CPU: 8-10 bit mantissas).
 _PRECISION: dict[str, tuple[Any, ...]] = {
@@ -24,15 +27,16 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
     """Run the body so that the model can be differentiated twice, and leave no trace.
 
     Inside: gradients are on, autocast, TF32 and inference mode are off, attention uses its math kernel (the only one
-    with a second derivative), cuDNN's recurrent kernels (which have none) are off, compiled modules run eagerly, a
-    `forward` that accelerate patched for mixed precision is the original one, and every module is in evaluation mode. With
-    `train_mode`, modules keep their flags if the model is in training, so layers that the user froze stay frozen;
-    otherwise all of them are put in training mode.
+    with a second derivative), weight normalization is not torch's (whose second derivative is wrong), cuDNN's recurrent
+    kernels (which have none) are off, compiled modules run eagerly, a `forward` that accelerate patched for mixed precision
+    is the original one, no parametrization is cached (it would be that of other parameters), and every module is in
+    evaluation mode. With `train_mode`, modules keep their flags if the model is in training, so layers that the user froze
+    stay frozen; otherwise all of them are put in training mode.
 
-    Afterwards, also after an exception: train/eval flags and all other attributes of the modules, the random states of
-    Python, numpy, torch and CUDA, and the backend flags are what they were. `.grad`, parameters and buffers are never
-    written in the first place, because `Objective` evaluates on copies. Attributes are put back, not copied: what a forward
-    pass appends to a list of the module stays there.
+    Afterwards, also after an exception: train/eval flags, the random states of Python, numpy, torch and CUDA, the backend
+    flags, and what a forward pass left in the modules' attributes (counters, kept outputs, what it appended to a list) are
+    what they were. `.grad`, parameters and buffers are never written in the first place, because `Objective` evaluates on
+    copies.
     """
     if _active and _active[-1][0] is model and _active[-1][1] == train_mode:  # already inside
         yield
@@ -40,7 +44,7 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
     flags = [(module, module.training) for module in model.modules()]
     # Some forward passes count their calls, or leave on the module what the training step reads after them: an auxiliary
     # loss, a hidden state.
-    attributes = [(vars(module), dict(vars(module))) for module, _ in flags]
+    attributes = [(vars(module), dict(vars(module)), _contents(vars(module))) for module, _ in flags]
     marks = (
         "_orig_mod",
         "_compiled_call_impl",
@@ -48,7 +52,8 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
     )  # torch.compile(module), module.compile(), Lightning's
     compiled = any(getattr(module, mark, None) is not None for module, _ in flags for mark in marks)
     recurrent = any(isinstance(module, nn.RNNBase) for module, _ in flags)
-    patched = [state for state, _ in attributes if {"forward", "_original_forward"} <= state.keys()]
+    patched = [state for state, *_ in attributes if {"forward", "_original_forward"} <= state.keys()]
+    cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
     _active.append((model, train_mode))
     try:
         with contextlib.ExitStack() as stack:
@@ -58,6 +63,7 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
             stack.enter_context(torch.enable_grad())
             for device_type in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
+            stack.enter_context(exact_weight_norm(model))
             if compiled:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if not (train_mode and model.training):
@@ -68,12 +74,58 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
             yield
     finally:
         _active.pop()
+        parametrize._cache_enabled = cached
         for module, training in flags:
             module.training = training
-        for state, before in attributes:
+        for state, before, contents in attributes:
             for name in state.keys() - before.keys():
                 del state[name]
             state.update(before)
+            for name, items in contents.items():
+                state[name].clear()
+                (state[name].extend if isinstance(items, list) else state[name].update)(items)
+
+
+def functional_call(module: nn.Module, state: dict[str, Tensor], args: tuple, kwargs: dict[str, Any] | None = None) -> Any:
+    """`torch.func.functional_call`, of a module that may be registered under several names.
+
+    torch's own puts the value that it was given back into such a module, for good, instead of its parameter (it swaps each
+    of the names and undoes that in the same order). Here each place that holds a tensor is swapped once.
+    """
+    places = {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, part in module.named_modules()
+        for name, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None
+    }
+    values = {id(places[name]): value for name, value in state.items() if name in places}
+    own = {name: values[id(tensor)] for name, tensor in places.items() if id(tensor) in values}
+    return torch.func.functional_call(module, own, args, kwargs, tie_weights=False)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+@contextlib.contextmanager
+def exact_weight_norm(model: nn.Module) -> Iterator[None]:
+    """Weight normalization by operations with a second derivative.
+
+    That of torch's own kernel is silently wrong: it takes the norms for constants (off by a third of the Hessian's size).
+    """
+    names = {type(hook).__name__ for m in model.modules() for hook in (m, *m._forward_pre_hooks.values())}
+    if not names & {"_WeightNorm", "WeightNorm"}:
+        yield
+        return
+    users: list[Any] = [torch, sys.modules["torch.nn.utils.weight_norm"]]
+    before = [user._weight_norm for user in users]
+    try:
+        for user in users:
+            user._weight_norm = _weight_norm
+        yield
+    finally:
+        for user, own in zip(users, before, strict=True):
+            user._weight_norm = own
 
 
 def full_precision(model: nn.Module, device: str) -> bool:
@@ -87,6 +139,15 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
     )
+
+
+def _contents(state: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the public lists, dicts and sets among a module's attributes."""
+    return {
+        name: copy.copy(value)
+        for name, value in state.items()
+        if type(value) in (list, dict, set) and not name.startswith("_")
+    }
 
 
 @contextlib.contextmanager
@@ -122,12 +183,21 @@ def _reduced(device: str) -> list[tuple[Any, str]]:
     return [(b, b.fp32_precision) for b in _PRECISION.get(device, ()) if b.fp32_precision not in ("none", "ieee")]
 
 
-def seed_random_layers(seed: int) -> None:
-    """Seed what dropout draws from, inside `random_states`."""
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch, inside `random_states`."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     # torch.manual_seed would also leave a seed behind for GPUs that are not in use yet.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
+
+
+def same_random_states(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two results of `get_random_states` are the same."""
+    tensors = [[s["torch"], s["numpy"][1], *s["cuda"]] for s in (a, b)]
+    plain = [(s["python"], s["numpy"][2:]) for s in (a, b)]
+    return plain[0] == plain[1] and len(tensors[0]) == len(tensors[1]) and all(map(torch.equal, *tensors))
 
 
 @contextlib.contextmanager

@@ -97,6 +97,7 @@ class HessianProducts:
             self.w = objective.point(w)
         finite_point(objective, self.w)
         self.constants = objective.constants()
+        self._frozen = self._fingerprint()
         self._asked, self._batch, self._listens = engine, batch, listens
         again = objective.check == "always" and batch is None
         self._checked = objective.checked is not None and not again
@@ -122,7 +123,23 @@ class HessianProducts:
             self._checked = True
         self.objective.ranks.agree("the vectors of a product", V)
         total = self.objective.fitting(lambda: self._product(V), self._forget)
-        return self.objective.mean(self._count, total)[0]
+        found = self.objective.mean(self._count, total)[0]
+        if not torch.isfinite(found).all() and torch.isfinite(V).all():
+            raise FloatingPointError(
+                f"a product with the Hessian is not finite in {self.objective.not_finite(found.sum(1))}; the parameters "
+                "have diverged, or the loss has an infinite second derivative there (norm or sqrt at 0). Measure at other "
+                "parameters"
+            )
+        return found
+
+    def _fingerprint(self) -> dict[str, tuple[int, float]]:
+        """Of the frozen parameters, which are not copied: a change through .data leaves the version as it was."""
+        own = dict(self.objective.module.named_parameters())
+        return {
+            name.removeprefix("model."): (0 if p.is_inference() else p._version, float(p.detach().sum(dtype=torch.float64)))
+            for name, p in own.items()
+            if name in self.constants
+        }
 
     @property
     def reason(self) -> str:
@@ -177,6 +194,13 @@ class HessianProducts:
 
     def _product(self, V: Tensor) -> Tensor:
         L = self.objective
+        now = self._fingerprint()
+        for name, before in self._frozen.items():
+            if now[name] != before:
+                raise RuntimeError(
+                    f"the frozen parameter {name} has changed since these products were made, and they are of no one point "
+                    "any more; make them anew: H = curvlab.hessian(L)"
+                )
         if self.kept:
             self._built()
         if not (V.shape[1] and self.chunks):

@@ -264,6 +264,21 @@ def resolve(loss: str | Loss | BatchLoss) -> Loss | BatchLoss:
     )
 
 
+CONVENTIONS: dict[Loss, str] = {
+    cross_entropy: "mean over examples of -log softmax(outputs)[target]",
+    squared_error: "mean over examples of 0.5 * sum over outputs of (output - target)^2",
+    binary_cross_entropy: "mean over examples of the sum over outputs of -log p(target)",
+}
+
+
+def convention(loss: Loss | BatchLoss) -> str:
+    """In words, what is averaged over what: the scale of every number that is compared with 2/lr."""
+    if isinstance(loss, Averaged):
+        kind = "sum over the batch / its size" if loss.batch_mean else "own mean over all data at once"
+        return f"{type(loss.criterion).__name__}: its {kind}, with its class weights, without ignored targets"
+    return CONVENTIONS.get(loss, "mean over examples of what the given function returns")  # type: ignore[arg-type]
+
+
 def reads_logits(loss: Any) -> bool:
     """Whether a loss is one of ours, for which `logits` picks what it reads from the model's outputs."""
     return isinstance(loss, Averaged) or loss in LOSSES.values()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +18,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .batches import Examples, batch_size, leaves, take, tree_map
-from .guard import measuring, out_of_memory, seed_random_layers
-from .losses import Averaged, BatchLoss, Loss, correct, cross_entropy, logits, reads_logits, resolve
+from .guard import functional_call, measuring, out_of_memory, seed_everything
+from .losses import Averaged, BatchLoss, Loss, convention, correct, cross_entropy, logits, reads_logits, resolve
 from .memory import require
 from .ranks import Ranks
 from .unwrap import unwrap
@@ -44,9 +46,12 @@ class Chunk:
 class Objective:
     """L(w) = (1/N) Σ_i s_i ℓ_i(w): the mean per-example loss of a model over a fixed data set.
 
-    The model is evaluated on copies of its parameters and buffers (`torch.func.functional_call`), in evaluation mode
+    The model is evaluated on copies of its parameters and buffers (`curvlab.guard.functional_call`), in evaluation mode
     unless told otherwise, and is never modified. `L.params()` is the point where training stands now; every method
     takes any other point as a flat vector.
+
+    L is the loss as given: what an optimizer or a loop does to its gradient (weight decay, clipping, a `GradScaler`) is no
+    part of it. `curvlab.trained.TrainedObjective(L, weight_decay=0.01)` has the Hessian H + 0.01 I.
 
     Args:
         model: any `nn.Module`; what DistributedDataParallel, `torch.compile`, Fabric or accelerate wrapped is unwrapped.
@@ -127,6 +132,7 @@ class Objective:
         self.mode = mode
         self.check = check
         self.outcomes: dict[str, str] = {}  # of checks on first use
+        self.draws = mode == "train"  # random numbers from the global generators; checked below
         self._held: dict[str, Tensor] | None = None
         self._variables = checks.trainable(self.model, parameters)
         self.subset = len(self._variables) < len(checks.trainable(self.model))
@@ -154,15 +160,16 @@ class Objective:
         self.population_size = checks.population(population_size, self.size, self.weights is not None)
         self.given_chunk_size = chunk_size
         checks.alike(self)
-        checks.deterministic_mean(self)
-        checks.no_recomputation(self)
-        checks.class_indices(self)
+        with self.measuring():
+            checks.deterministic_mean(self)
+            checks.dependence(self, checks.no_recomputation(self))
+            checks.class_indices(self)
 
     # -- points ---------------------------------------------------------------------------------------------------
 
     def params(self) -> Tensor:
         """(P,) detached copy of the model's trainable parameters, in the dtype and on the device of measuring."""
-        return self.join([p.detach().to(self.device, self.dtype) for p in self._variables.values()])
+        return self.join([p.detach().to(self.device, self.dtype) for p in self.variables()])
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """A flat (P,) vector as views by parameter name."""
@@ -191,6 +198,11 @@ class Objective:
     def leaves_at(self, w: Tensor | None = None) -> list[Tensor]:
         """The parameters at w as leaves of a new graph: copies, so a later change of w cannot reach the graph."""
         return [part.requires_grad_() for part in self.split(self.point(w))]
+
+    def not_finite(self, v: Tensor) -> str:
+        """The parameters where a flat vector is not finite, in words; "" where it is."""
+        bad = [name for name, part in self.unflatten(v).items() if not torch.isfinite(part).all()]
+        return "" if not bad else f"parameter {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
 
     # -- values ---------------------------------------------------------------------------------------------------
 
@@ -303,6 +315,7 @@ class Objective:
     def pieces(self, batch: Any = None, size: int | None = None) -> list[Chunk]:
         """The data, or a batch given by indices (b,) or as it is, in parts of at most `size` examples, where they lie."""
         out: list[Chunk] = []
+        self.examples.require_unchanged()
         if batch is None:
             for piece, part in self.examples.chunks(size or self.size):
                 out.append(Chunk(piece, part, None if self.weights is None else self.weights[piece], len(out)))
@@ -378,7 +391,27 @@ class Objective:
         return self._call
 
     def variables(self) -> list[Tensor]:
-        """The live trainable parameters, in the order of the flat vector."""
+        """The live trainable parameters, in the order of the flat vector: those that the model holds now.
+
+        Raises:
+            ValueError: the model has lost one, or has another shape there than when the objective was made.
+        """
+        live = dict(self.model.named_parameters())
+        for name, p in self._variables.items():
+            now = live.get(name)
+            if now is None or now.shape != p.shape:
+                raise ValueError(
+                    f"parameter {name} had shape {tuple(p.shape)} when the objective was made, and "
+                    f"{'is gone' if now is None else f'has {tuple(now.shape)}'} now; make the Objective anew"
+                )
+            self._variables[name] = now  # load_state_dict(assign=True) and a new layer put others there
+        thawed = [] if self.subset else [n for n, p in live.items() if p.requires_grad and n not in self._variables]
+        if thawed:
+            warnings.warn(
+                f"parameter {thawed[0]} is trained now, and was frozen or absent when the objective was made, which takes "
+                "it for a constant. Make the Objective anew to include it",
+                stacklevel=2,
+            )
         return list(self._variables.values())
 
     def describe(self) -> dict[str, Any]:
@@ -386,10 +419,12 @@ class Objective:
         loss = getattr(self.loss, "__name__", type(self.loss).__name__)
         return {
             "examples": self.size,
+            "data": self.data_hash(),
             "parameters": self.num_params,
             "subset": self.names if self.subset else None,
             "model": type(self.model).__name__,
             "loss": loss,
+            "convention": convention(self.loss),
             "mode": self.mode,
             "dtype": str(self.dtype),
             "device": str(self.device),
@@ -399,10 +434,31 @@ class Objective:
             "population_size": self.population_size,
         }
 
+    def data_hash(self) -> str:
+        """SHA-256 of the data in the precision of measuring: of equal data, however they were split, on any device.
+
+        "" where ranks hold parts of the data.
+        """
+        if self.ranks.count > 1:
+            return ""
+        found = hashlib.sha256()
+        for batch in self.examples.batches:
+            for leaf in leaves(batch):
+                found.update(self._place(leaf).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()[:16]
+
     def losses(self, params: list[Tensor], chunk: Chunk) -> Tensor:
-        """s_i ℓ_i for the examples of a chunk, (B,), differentiable in `params`."""
-        self._reseed(chunk)
-        losses = torch.func.functional_call(self._call, self._state(params), (chunk.batch,))
+        """s_i ℓ_i for the examples of a chunk, (B,), differentiable in `params`.
+
+        Raises:
+            ValueError: a loss that is not (B,), or a forward pass that rewrites a parameter.
+        """
+        self.reseed(chunk)
+        state = self._state(params)
+        before = _versions(state)
+        losses = functional_call(self._call, state, (chunk.batch,))
+        if (after := _versions(state)) != before:
+            self.refuse_rewritten([name for name, old, new in zip(state, before, after, strict=True) if old != new])
         if not isinstance(losses, Tensor) or losses.shape != (chunk.size,):
             got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
             raise ValueError(
@@ -418,8 +474,8 @@ class Objective:
                 "a batch_loss calls the model itself, so its outputs are unknown; pass loss as a function "
                 "(outputs, targets) -> (B,) for what needs outputs, such as the GGN"
             )
-        self._reseed(chunk)
-        return torch.func.functional_call(self._call, self._state(params), (chunk.batch,), {"outputs_only": True})
+        self.reseed(chunk)
+        return functional_call(self._call, self._state(params), (chunk.batch,), {"outputs_only": True})
 
     def read_outputs(self, returned: Any) -> Any:
         """The outputs in what a call of the model returned: its logits, where the loss reads them."""
@@ -513,9 +569,24 @@ class Objective:
         buffers = {name for name, _ in self._call.named_buffers()}  # a forward pass may write to them
         return state | {n: t.clone() if n in buffers else t for n, t in self._held.items()}
 
-    def _reseed(self, chunk: Chunk) -> None:
-        if self.mode == "train":  # the same masks at every evaluation; the guard restores the generators
-            seed_random_layers(chunk.seed)
+    def reseed(self, chunk: Chunk) -> None:
+        """The same random numbers at every evaluation of a chunk; the guard restores the generators."""
+        if self.draws:
+            seed_everything(chunk.seed)
+
+    def refuse_rewritten(self, names: list[str]) -> None:
+        """Refuse a forward pass that has rewritten what it was given, other than buffers.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        buffers = {name for name, _ in self._call.named_buffers()}
+        for name in names:
+            if name not in buffers:  # whose copies may be written to
+                raise ValueError(
+                    f"parameter {name.removeprefix('model.')} is rewritten by the model's own forward pass, so the loss is "
+                    "not a function of it; take the rewriting out of forward, such as into the training loop"
+                )
 
     def chunk_gradients(
         self,
@@ -583,6 +654,11 @@ class Objective:
         if weights is None:
             return 1.0, None
         weights = torch.as_tensor(weights).detach().clone().to(self.device, torch.float64)
+        if isinstance(self.loss, Averaged) and not bool(weights.any()):
+            raise ValueError(
+                f"all {self.size} targets are ignored (ignore_index={self.loss.ignored}), or of classes of weight 0, so the "
+                "mean does not exist; pass data with targets that count"
+            )
         valid = weights.shape == (self.size,) and bool((weights >= 0).all()) and bool(torch.isfinite(weights).all())
         if not valid or not float(weights.sum()) > 0:
             raise ValueError(
@@ -605,6 +681,11 @@ class _Saved:
     """A tensor that a node of autograd's graph keeps."""
 
     tensor: Tensor
+
+
+def _versions(state: dict[str, Tensor]) -> list[int]:
+    """How often each tensor has been changed in place."""
+    return [0 if t.is_inference() else t._version for t in state.values()]
 
 
 class _Evaluation(nn.Module):

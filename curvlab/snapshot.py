@@ -143,8 +143,19 @@ class Snapshot:
 
     @property
     def gradient(self) -> Tensor:
-        """∇L(w), (P,)."""
-        return self._value_and_gradient[1]
+        """∇L(w), (P,).
+
+        Raises:
+            FloatingPointError: it is not finite; the message names the parameter.
+        """
+        g = self._value_and_gradient[1]
+        where = self.shared("gradient is finite", lambda: self.objective.not_finite(g))
+        if where:
+            raise FloatingPointError(
+                f"the gradient is not finite in {where}: the parameters have diverged, or the loss has no derivative there "
+                "(norm, sqrt or log at 0)"
+            )
+        return g
 
     @property
     def _value_and_gradient(self) -> tuple[Tensor, Tensor]:

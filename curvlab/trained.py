@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,13 @@ class TrainedObjective(Objective):
         weight_decay: of an optimizer that adds it to the gradient (not of AdamW, whose decay is no part of a loss).
         seed: of what penalties draw.
 
+    Example:
+        >>> import torch, curvlab as cl
+        >>> L = cl.Objective(torch.nn.Linear(2, 1), "squared_error", (torch.eye(2), torch.zeros(2, 1)))
+        >>> H, decayed = cl.dense(cl.hessian(L)), cl.dense(cl.hessian(TrainedObjective(L, weight_decay=0.25)))
+        >>> torch.equal(decayed, H + 0.25 * torch.eye(3))
+        True
+
     Raises:
         ValueError, TypeError: a penalty that is no mean over micro-batches of a function of each with a Hessian, or whose
             third derivatives, which its Hessian needs, PyTorch gets wrong.
@@ -38,7 +46,7 @@ class TrainedObjective(Objective):
     def __init__(
         self,
         L: Objective,
-        penalties: Iterable[tuple[float, regularizers.Request]],
+        penalties: Iterable[tuple[float, regularizers.Request]] = (),
         *,
         micro_batch_size: int | None = None,
         weight_decay: float = 0.0,
@@ -68,6 +76,11 @@ class TrainedObjective(Objective):
         assert isinstance(other, TrainedObjective)
         other.plain = self.plain.double()
         return other
+
+    def describe(self) -> dict[str, Any]:
+        """Also what is added to the loss."""
+        penalties = [[strength, entry.name, options] for strength, entry, options in self.terms]
+        return super().describe() | {"penalties": penalties, "weight_decay": self.weight_decay}
 
     @property
     def coupled(self) -> str | None:

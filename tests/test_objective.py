@@ -9,6 +9,7 @@ a test sees to that.
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 import random
 import tempfile
@@ -25,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 import curvlab as cl
 from curvlab.batches import Examples
@@ -278,7 +279,8 @@ def test_an_objective_says_what_it_is():
     assert L.describe() == {
         "examples": 12, "parameters": 15, "model": "Linear", "loss": "cross_entropy", "mode": "eval",
         "dtype": "torch.float64", "device": "cpu", "chunk_size": 5, "memory": 10**6, "weighted": True,
-        "population_size": None, "subset": None,
+        "population_size": None, "subset": None, "data": L.data_hash(),
+        "convention": "mean over examples of -log softmax(outputs)[target]",
     }  # fmt: skip
 
 
@@ -616,13 +618,70 @@ class Pair(nn.Linear):
         return super().forward(x), x
 
 
-class Rewriting(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(3, 3, max_norm=1e-3)
+class Rewriting(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.clamp_(-1e-3, 1e-3)
+        return super().forward(x)
 
-    def forward(self, tokens):
-        return self.embedding(tokens)
+
+class RewritingData(nn.Linear):
+    def forward(self, x):
+        self.weight.data.clamp_(-1e-3, 1e-3)
+        return super().forward(x)
+
+
+class Counting(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
+        self.calls = torch.zeros(())
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def drawn(sampler):
+    return objective(data=DataLoader(TensorDataset(X, Y), sampler=sampler))
+
+
+def rolled(items, times=itertools.count()):  # noqa: B008  counts its calls
+    """Mixes the examples of a batch otherwise in each call, and leaves one on its own as it is."""
+    x, y = default_collate(items)
+    return x.roll(next(times), 0), y
+
+
+def shared_memory():
+    model = nn.Sequential(linear(4, 4), nn.Tanh(), linear(4, 4))
+    model[2].weight.data = model[0].weight.data
+    return objective(model)
+
+
+def changed_data():
+    x = X.clone()
+    L = objective(data=(x, Y))
+    x.add_(1)
+    L.value()
+
+
+def changed_layer():
+    model = nn.Sequential(linear(4, 5), linear(5, 3))
+    L = objective(model)
+    model[1] = linear(5, 4)
+    L.params()
+
+
+def changed_frozen():
+    model = nn.Sequential(linear(4, 5), linear(5, 3))
+    model[0].weight.requires_grad_(False)
+    H = cl.hessian(objective(model))
+    model[0].weight.data *= 2
+    H @ torch.ones(H.shape[0]).double()
+
+
+class Root(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + (self.weight * 0).sum().abs().sqrt()
 
 
 def with_value(value, tensor, i):
@@ -769,6 +828,30 @@ REFUSALS = {
         r"the DataLoader draws by a SubsetRandomSampler, which need not visit each example once.*Subset\(dataset, indices\)",
         lambda: objective(data=DataLoader(TensorDataset(X, Y), sampler=torch.utils.data.SubsetRandomSampler([1, 2]))),
     ),
+    "unknown_sampler": (
+        ValueError,
+        "draws by a Balanced, which need not visit each example once",
+        lambda: drawn(type("Balanced", (torch.utils.data.Sampler,), {"__iter__": lambda _: iter([0] * 12)})()),
+    ),
+    "listed_sampler": (ValueError, "draws by a list", lambda: drawn([0, 1, 1])),
+    "weights_in_batches": (
+        ValueError,
+        "draws by a WeightedRandomSampler",
+        lambda: objective(
+            data=DataLoader(
+                TensorDataset(X, Y),
+                batch_sampler=torch.utils.data.BatchSampler(
+                    torch.utils.data.WeightedRandomSampler(torch.ones(12), 12), 4, False
+                ),
+            )
+        ),
+    ),
+    "iterable": (TypeError, "data is an IterableDataset.*list\\(DataLoader", lambda: objective(data=Streaming())),
+    "mixing_collate": (
+        ValueError,
+        "collating the same examples twice gives different values",
+        lambda: objective(data=DataLoader(TensorDataset(X, Y), batch_size=6, collate_fn=rolled)),
+    ),
     "sharded": (
         ValueError,
         "FullyShardedDataParallel, which has parts of the parameters on each rank",
@@ -836,7 +919,55 @@ REFUSALS = {
     ),
     "no_parameters": (ValueError, "no parameter with requires_grad=True", lambda: objective(nn.Identity())),
     "mixed": (ValueError, r"dtypes \['torch.float32', 'torch.float64'\].*model.float\(\)", lambda: objective(mixed())),
-    "complex": (ValueError, "expected one real dtype", lambda: objective(nn.Linear(4, 3, dtype=torch.complex64))),
+    "complex": (
+        ValueError,
+        r"parameter weight is torch.complex64; expected real ones.*view_as_real\(p\)",
+        lambda: objective(nn.Linear(4, 3, dtype=torch.complex64)),
+    ),
+    "lazy_buffer": (
+        ValueError,
+        "parameter 1.running_mean has no shape yet",
+        lambda: objective(nn.Sequential(linear(), nn.LazyBatchNorm1d(affine=False))),
+    ),
+    "max_norm": (
+        ValueError,
+        "module 0 has max_norm=9.0, by which the forward pass rewrites its weight; measure with model.0.max_norm = None",
+        lambda: objective(nn.Sequential(nn.Embedding(3, 3, max_norm=9.0)).double(), data=(Y, Y)),
+    ),
+    "shared_memory": (ValueError, "parameters 0.weight and 2.weight share memory without being", shared_memory),
+    "counting": (ValueError, "changes its attribute calls in place.*register_buffer", lambda: objective(Counting())),
+    "spectral_norm_in_training": (
+        ValueError,
+        "the spectral norm of 0 takes a step of power iteration in every forward pass in training.*mode='eval'",
+        lambda: objective(nn.Sequential(nn.utils.parametrizations.spectral_norm(linear())), mode="train"),
+    ),
+    "another_model": (
+        ValueError,
+        r"depends on none of the 2 parameters \(weight, ...\).*must call the model that it is given",
+        lambda: objective(loss=cl.batch_loss(lambda m, b: linear()(b[0]).square().sum(1))),
+    ),
+    "changed_data": (ValueError, r"the data have been changed in place.*data=\(x.clone\(\), y.clone\(\)\)", changed_data),
+    "changed_layer": (
+        ValueError,
+        r"parameter 1.weight had shape \(3, 5\) when the objective was made, and has \(4, 5\) now; make the Objective anew",
+        changed_layer,
+    ),
+    "changed_frozen": (RuntimeError, "the frozen parameter 0.weight has changed since.*make them anew", changed_frozen),
+    "all_ignored": (
+        ValueError,
+        r"all 12 targets are ignored \(ignore_index=2\)",
+        lambda: objective(loss=nn.CrossEntropyLoss(ignore_index=2), data=(X, 0 * Y + 2)),
+    ),
+    "product_not_finite": (
+        FloatingPointError,
+        "a product with the Hessian is not finite in parameter weight and 1 more; .*norm or sqrt at 0",
+        lambda: cl.hessian(objective(Root(4, 3).double())) @ torch.ones(15).double(),
+    ),
+    "gradient_not_finite": (
+        FloatingPointError,
+        "the gradient is not finite in parameter weight: .*norm, sqrt or log at 0",
+        lambda: snapshot(objective(Root(4, 3).double())).gradient,
+    ),
     "half": (ValueError, "dtype is torch.bfloat16; curvature needs", lambda: objective(linear().bfloat16())),
     "asked_half": (ValueError, "dtype is torch.float16; curvature needs", lambda: objective(dtype=torch.float16)),
     "memory": (ValueError, "memory is 'much'; expected a number of bytes", lambda: objective(memory="much")),
@@ -888,8 +1019,13 @@ REFUSALS = {
     ),
     "rewriting": (
         ValueError,
-        r"parameter embedding.weight is rewritten by the model's own forward pass",
-        lambda: objective(Rewriting().double(), data=(Y, Y)),
+        r"parameter weight is rewritten by the model's own forward pass",
+        lambda: objective(Rewriting(4, 3).double()),
+    ),
+    "rewriting_data": (
+        ValueError,
+        "parameter weight is rewritten by the model's own forward pass",
+        lambda: objective(RewritingData(4, 3).double()),
     ),
     "checkpointed": (ValueError, "checkpoint", lambda: objective(Checkpointed(False))),
     # batches.py

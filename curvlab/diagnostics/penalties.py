@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..guard import random_states, seed_random_layers
+from ..guard import random_states, seed_everything
 from ..linalg.trace import sample_mean
 from ..measurement import Measurement, missing
 from ..regularizers import registry as regularizers
@@ -118,7 +118,7 @@ def _micro_batches(at: Snapshot, micro_batch_size: int | None, name: str) -> Ite
     size = regularizers.checked_size(micro_batch_size) or at.micro_batch_size
     L.ranks.require_one("micro-batches of a penalty")
     with L.measuring(), random_states(), _in_modes(at):
-        seed_random_layers(at.generator(f"{name} masks").initial_seed())
+        seed_everything(at.generator(f"{name} masks").initial_seed())
         yield MicroBatches(Measured(L, L.leaves_at(at.w)), L.pieces(at.batch, size), graph=False)
 
 

@@ -28,7 +28,8 @@ NEEDS = {
     "lr": "pass lr=0.1, the learning rate of the step",
     "test": "pass test=Objective(model, loss, held_out_data)",
     "batch_gradient": "it exists while training: measure it with train(), or with Monitor(..., optimizer=optimizer)",
-    "trained": "what is trained is known while training: measure it with train()",
+    "trained": "what is trained is known while training: measure it with train(), or measure an objective that says it: "
+    "curvlab.trained.TrainedObjective(L, penalties, weight_decay=0.01)",
 }
 
 
@@ -183,6 +184,14 @@ def described(
     }
 
 
+def _why_not_finite(at: Snapshot) -> str:
+    try:
+        _ = at.gradient
+    except ArithmeticError as error:  # which names the parameter
+        return f"not finite: {error}"
+    return "not finite: the parameters have diverged"
+
+
 def evaluate(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, Measurement]:
     """Measure a plan at a snapshot, inside one state guard; also kept in ``at.measurements``.
 
@@ -204,7 +213,7 @@ def evaluate(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, M
             except (ArithmeticError, torch.linalg.LinAlgError) as error:  # not finite, or so large that it overflows
                 found = missing(str(error))
             if found.value is not None and not np.all(np.isfinite(found.value)):
-                found = missing("not finite: the parameters have diverged")
+                found = missing(_why_not_finite(point))
             seconds = time.perf_counter() - started
             at.measurements[name] = dataclasses.replace(found, matvecs=at.matvecs - spent, seconds=seconds)
             at.alone[name] = seconds + point.spared()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..batches import tree_map
 from ..checks import COUPLING
-from ..guard import random_states
+from ..guard import exact_weight_norm, functional_call, random_states
 from ..losses import BatchLoss
 from ..objective import Chunk, Objective
 
@@ -75,7 +75,7 @@ class Trained:
         named = zip(self.L.names, self.params if params is None else params, strict=True)
         state = {f"model.{name}": p for name, p in named}
         state |= {name: buffer.clone() for name, buffer in evaluation.named_buffers()}
-        return torch.func.functional_call(evaluation, state, (batch,), options)
+        return functional_call(evaluation, state, (batch,), options)
 
 
 Site = Measured | Trained
@@ -83,11 +83,12 @@ Site = Measured | Trained
 
 @contextlib.contextmanager
 def second_derivatives(model: nn.Module) -> Iterator[None]:
-    """Kernels that can be differentiated twice: attention's math kernel, no cuDNN recurrence, nothing compiled."""
+    """Kernels that can be differentiated twice, and right: of attention, recurrence and weight norm; nothing compiled."""
     modules = list(model.modules())
     cudnn = torch.backends.cudnn.enabled
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        stack.enter_context(exact_weight_norm(model))
         if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in modules):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
