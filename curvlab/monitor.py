@@ -260,7 +260,7 @@ class Monitor:
             self._hook.remove()
             self._hook = None
         if self.run is not None:
-            self.run.save("final", {"step": self._last, "complete": True})
+            self._keep(self.run, lambda run: run.save("final", {"step": self._last, "complete": True}))
             self._logged = self.run.size
             self.run.close()
             self.run = None
@@ -392,10 +392,7 @@ class Monitor:
     def _write(self, at: Snapshot, record: dict[str, Any], further: Mapping[str, float]) -> None:
         """To the run and to the trackers. Training is worth more than its log: what fails is told once."""
         if self.run is not None:
-            try:
-                self.run.append(record)
-            except OSError as error:
-                self._warn(f"{self.run.path} cannot be written ({error}); training and measuring go on without the log")
+            self._keep(self.run, lambda run: run.append(record))
         numbers = flat(at.measurements) | {f"curvlab/{name}": x for name, x in further.items()}
         for name in ("lr", "threshold"):
             if record[name] is not None:
@@ -405,6 +402,12 @@ class Monitor:
                 getattr(tracker, "log", tracker)(numbers, step=at.step)
             except Exception as error:  # a tracker's own: network, disk, a closed run
                 self._warn(f"{type(tracker).__name__} did not take the numbers ({type(error).__name__}: {error})")
+
+    def _keep(self, run: Run, write: Callable[[Run], Any]) -> None:
+        try:
+            write(run)
+        except OSError as error:
+            self._warn(f"{run.path} cannot be written ({error}); training and measuring go on without the log")
 
     def _warn(self, text: str) -> None:
         if text not in self._warned:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -18,9 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from . import files
+from .files import JSON_LIMIT, read_tensors, write_whole
 from .measurement import axis_index, half_width
 
-CONFIG, LOG = "config.json", "measurements.jsonl"
+CONFIG, LOG, RESULT = "config.json", "measurements.jsonl", "result.json"
+_writing: weakref.WeakValueDictionary[Path, Run] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,12 @@ class Run:
     """A run folder: `config.json`, `measurements.jsonl` with one line per measured step, and saved tensors.
 
     `Run(path)` opens an existing one for reading, also while it is written. A line that was being written when a run
-    was killed is left out, with a warning.
+    was killed is left out, with a warning. One process at a time writes: what the folder holds need not be trusted, and
+    nothing outside of it is written.
 
     Raises:
         FileNotFoundError: there is no run at `path`.
-        ValueError: the configuration is not readable JSON.
+        ValueError: the configuration is not one that curvlab wrote.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -71,11 +78,9 @@ class Run:
             raise FileNotFoundError(
                 f"{self.path} holds no run: {CONFIG} is missing. Runs are made by train(run=...) and by `curvlab run`"
             )
-        try:
-            self.config: dict[str, Any] = json.loads((self.path / CONFIG).read_text())
-        except ValueError as error:
-            raise ValueError(f"{self.path / CONFIG} is not readable JSON ({error}); restore it or run again") from None
+        self.config: dict[str, Any] = read_config(self.path / CONFIG)
         self._file: int | None = None
+        self._lock: int | None = None
         self._cache: tuple[int, list[dict[str, Any]]] = (-1, [])
 
     @classmethod
@@ -84,43 +89,73 @@ class Run:
 
         Raises:
             FileExistsError: there is a run at `path` already; nothing of it is touched.
+            ValueError: the configuration is larger than a configuration can be.
         """
-        folder = Path(path)
+        return cls._begin(Path(path), config, os.O_EXCL)
+
+    @classmethod
+    def _begin(cls, folder: Path, config: dict[str, Any], exclusive: int) -> Run:
+        content = json.dumps(_plain(config | {"provenance": provenance()}), indent=2, allow_nan=False).encode()
+        if len(content) > JSON_LIMIT:
+            raise ValueError(
+                f"the configuration of {folder} has {len(content)} bytes, expected at most {JSON_LIMIT}; leave data out"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         try:
             # The log is created exclusively and first: of two processes only one gets the folder.
-            log = os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+            log = files.open_no_link(folder / LOG, os.O_WRONLY | os.O_CREAT | exclusive | os.O_APPEND)
         except FileExistsError:
             raise FileExistsError(
                 f"{folder} already holds a run, which is never overwritten; choose another folder or delete it"
             ) from None
-        write_whole(folder / CONFIG, json.dumps(_plain(config | {"provenance": provenance()}), indent=2).encode())
-        run = cls(folder)
-        run._file = log
-        return run
+        held = None
+        try:
+            held = files.lock(folder)
+            write_whole(folder / CONFIG, content)
+            return cls(folder)._writes(log, held)
+        except BaseException:
+            os.close(log)
+            files.unlock(held)
+            raise
 
     @classmethod
     def resume(cls, path: str | os.PathLike, config: dict[str, Any]) -> Run:
         """Open an existing run to write on, or make it if there is none; `config` must say what the stored one says.
 
-        The number of threads may differ; bits then do too.
+        The number of threads may differ; bits then do too. Whatever had it open in this process is closed.
 
         Raises:
-            ValueError: the settings differ, or the run lacks its configuration; the message lists what differs.
+            ValueError: the settings differ, the run lacks its configuration, or another process is writing it; the message
+                lists what differs.
         """
         folder = Path(path)
-        if not (folder / LOG).exists():
-            return cls.create(folder, config)
+        if old := _writing.get(folder.resolve()):
+            old.close()
+        log = folder / LOG
+        if not log.exists() or (log.stat().st_size == 0 and not (folder / CONFIG).exists()):
+            return cls._begin(folder, config, 0)  # also where one was killed before its first step
         run = cls(folder)
         stored, asked = run.config.get("training", {}), _plain(config).get("training", {})
         odd = [key for key in {**stored, **asked} if key != "threads" and stored.get(key) != asked.get(key)]
         if odd:
-            listing = "; ".join(f"{key} was {stored.get(key)!r} and is {asked.get(key)!r}" for key in odd)
+            pairs = [f"{key} was {_shown(stored.get(key))} and is {_shown(asked.get(key))}" for key in odd[:6]]
             raise ValueError(
-                f"{folder} was made with other settings ({listing}); resume it with the same ones, or choose another folder"
+                f"{folder} was made with other settings ({'; '.join(pairs)}); resume it with the same ones, or choose "
+                "another folder"
             )
-        run._file = os.open(folder / LOG, os.O_WRONLY | os.O_APPEND)
+        held = files.lock(folder)
+        try:
+            run._writes(files.open_no_link(log, os.O_RDWR | os.O_APPEND), held)
+        except BaseException:
+            files.unlock(held)
+            raise
+        run.truncate(run.size)
         return run
+
+    def _writes(self, log: int, held: int | None) -> Run:
+        self._file, self._lock = log, held
+        _writing[self.path.resolve()] = self
+        return self
 
     @property
     def size(self) -> int:
@@ -128,12 +163,17 @@ class Run:
         return (os.fstat(self._file) if self._file is not None else (self.path / LOG).stat()).st_size
 
     def truncate(self, size: int) -> None:
-        """Forget what was logged beyond the first `size` bytes.
+        """Forget what was logged beyond the first `size` bytes, and a line of which these have only a part.
 
         Raises:
             RuntimeError: the run was opened for reading, or closed.
         """
-        os.ftruncate(self._writable(), min(size, self.size))  # beyond its end a file would grow by zeros
+        log = self._writable()
+        size = max(0, min(size, self.size))  # beyond its end a file would grow by zeros
+        with files.open_file(self.path / LOG) as stream:
+            stream.seek(start := max(0, size - JSON_LIMIT))
+            size = start + stream.read(size - start).rfind(b"\n") + 1
+        os.ftruncate(log, size)
         self._cache = (-1, [])
 
     def _writable(self) -> int:
@@ -146,26 +186,50 @@ class Run:
 
         Raises:
             RuntimeError: the run was opened for reading, or closed.
+            OSError: there is no space for it; the log then ends with the record before.
         """
-        line = json.dumps(_plain(record), allow_nan=False, separators=(",", ":")) + "\n"
-        os.write(self._writable(), line.encode())
+        line = (json.dumps(_plain(record), allow_nan=False, separators=(",", ":")) + "\n").encode()
+        log = self._writable()
+        size = os.fstat(log).st_size
+        try:
+            while line:
+                line = line[os.write(log, line) :]  # a disk that is nearly full takes a part
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(log, size)
+            raise
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be written."""
+        return self._file is not None
 
     def close(self) -> None:
         """Close the log; the run stays readable."""
         if self._file is not None:
             os.close(self._file)
-            self._file = None
+            files.unlock(self._lock)
+            self._file = self._lock = None
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """All complete lines of the log so far."""
+        """All complete lines of the log so far.
+
+        Raises:
+            ValueError: a line is no record; the message says which and why.
+        """
         file = self.path / LOG
         size = file.stat().st_size if file.exists() else 0
         if size != self._cache[0]:
-            *lines, tail = file.read_bytes().split(b"\n") if size else [b""]
-            if tail:
+            found, line = [], b"\n"
+            if size:
+                with files.open_file(file) as stream:
+                    for number, line in enumerate(files.lines(stream, file), 1):
+                        if line.endswith(b"\n"):
+                            found.append(read_record(line, file, number))
+            if not line.endswith(b"\n"):
                 warnings.warn(f"{file} ends in an incomplete line, which is left out", stacklevel=3)
-            self._cache = (size, [json.loads(line) for line in lines])
+            self._cache = (size, found)
         return self._cache[1]
 
     @property
@@ -204,13 +268,11 @@ class Run:
 
     def save(self, name: str, tensors: dict[str, Any]) -> Path:
         """Save tensors and plain values as NAME.pt: to a temporary file first, so that a file is whole or absent."""
-        import io
+        return self.write(name, packed(tensors))
 
-        import torch
-
-        buffer = io.BytesIO()
-        torch.save(tensors, buffer)
-        return write_whole(self.path / f"{name}.pt", buffer.getvalue())
+    def write(self, name: str, content: bytes) -> Path:
+        """As `save`, of what `packed` made."""
+        return write_whole(self.path / f"{_checked_name(name)}.pt", content)
 
     def save_trajectory(
         self,
@@ -237,7 +299,7 @@ class Run:
             FileNotFoundError: it was not saved.
             ValueError: the file is damaged, or holds something else.
         """
-        file = self.path / f"{name}.pt"
+        file = self.path / f"{_checked_name(name)}.pt"
         if not file.is_file():
             raise FileNotFoundError(
                 f"{file} does not exist; a run saves its final parameters when it ends or is interrupted"
@@ -245,31 +307,142 @@ class Run:
         return read_tensors(file, device)
 
 
-def read_tensors(file: Path, device: str | None = "cpu") -> Any:
-    """The content of a file of `torch.save`: tensors and plain values, nothing is executed.
-
-    Raises:
-        ValueError: the file is damaged, or holds something else.
-    """
-    import pickle
-    import zipfile
+def packed(tensors: dict[str, Any]) -> bytes:
+    """What `torch.save` writes of tensors and plain values."""
+    import io
 
     import torch
 
-    try:
-        with zipfile.ZipFile(file) as archive:  # torch.load does not notice a flipped byte
-            damaged = archive.testzip()
-    except zipfile.BadZipFile:
-        damaged = "it is no archive of torch.save"
-    if damaged:
-        raise ValueError(f"{file} is damaged, or was not written by torch.save ({damaged}); save it, or run, again")
-    try:
-        return torch.load(file, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError):
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.=+-]*", name):
         raise ValueError(
-            f"{file} holds more than tensors and plain values, such as a whole model, and is not read; save the "
-            "state dict alone: torch.save(model.state_dict(), 'weights.pt')"
+            f"the name is {name!r}; expected letters, digits and . = + - _, such as 'final', and no folder"
+        )
+    return name
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A run's configuration.
+
+    Raises:
+        ValueError: something that is none; the message says why.
+    """
+    try:
+        config = files.read_json(files.read_file(file, JSON_LIMIT))
+        if not isinstance(config, dict):
+            raise ValueError(f"it is a {type(config).__name__}, expected an object")
+        _check_config(config)
+        return config
+    except ValueError as error:
+        raise ValueError(f"{file} is not readable JSON of a run ({error}); restore it or run again") from None
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What a sweep has measured where a run ended: its status, and numbers by name under "final"; None without it.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    file = folder / RESULT
+    if not file.is_file():
+        return None
+    try:
+        found = files.read_json(files.read_file(file, JSON_LIMIT))
+        if not isinstance(found, dict) or found.get("status") not in ("finished", "diverged"):
+            raise ValueError("it states no status")
+        if not isinstance(found.get("final"), dict) or not all(map(_is_number, found["final"].values())):
+            raise ValueError("its final numbers are none")
+        return found
+    except ValueError as error:
+        raise ValueError(f"{file} is not what a sweep writes ({error}); delete it, to measure again") from None
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """What readers take for granted."""
+    training = _part(config, "training", dict) or {}
+    _part(config, "experiment", dict)
+    for key in ("optimizer", "batches", "objective"):
+        _part(training, key, dict)
+    _part(training, "lr", int | float)
+    _part(training, "diagnostics", list)
+    for name, options in training.get("diagnostics") or []:
+        if not (isinstance(name, str) and isinstance(options, dict)):
+            raise ValueError("a diagnostic is no pair of a name and options")
+
+
+def _part(x: dict[str, Any], key: str, kind: Any) -> Any:
+    value = x.get(key)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{key} is a {type(value).__name__}")
+    return value
+
+
+def read_record(line: bytes, file: Path, number: int) -> dict[str, Any]:
+    """A line of a log.
+
+    Raises:
+        ValueError: it is no record; the message says why.
+    """
+    try:
+        record = files.read_json(line)
+        _check_record(record)
+        return record
+    except ValueError as error:
+        raise ValueError(
+            f"line {number} of {file} is no record ({error}); it is damaged, or not written by a run: take the line out"
         ) from None
+
+
+def _check_record(record: Any) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"it is a {type(record).__name__}, expected an object")
+    step, measurements = record.get("step"), record.get("measurements")
+    if not isinstance(step, int) or not 0 <= step < 2**63:
+        raise ValueError(f"step is {_shown(step)}, expected a whole number from 0")
+    if not isinstance(measurements, dict):
+        raise ValueError(f"measurements is {_shown(measurements)}, expected an object")
+    for key in ("lr", "threshold", "batch_loss", "seconds", "matvecs", "effective_lr"):
+        if not _is_number(record.get(key)):
+            raise ValueError(f"{key} is {_shown(record[key])}, expected a number or null")
+    for name, m in measurements.items():
+        _check_measurement(name, m)
+
+
+def _check_measurement(name: str, m: Any) -> None:
+    """A number or null for each field, or as many as the axis has."""
+    odd = [key for key in ("value", "error", "kind") if key not in m] if isinstance(m, dict) else ["value"]
+    if odd:
+        raise ValueError(f"{name} has no {odd[0]}")
+    axis, width = m.get("axis"), None
+    if axis is not None:
+        if not (isinstance(axis, list) and len(axis) == 2 and isinstance(axis[0], str) and isinstance(axis[1], list)):
+            raise ValueError(f"the axis of {name} is {_shown(axis)}, expected a name and a list")
+        width = len(axis[1])
+        if any(isinstance(x, list | dict) for x in axis[1]):
+            raise ValueError(f"the axis of {name} has coordinates that are no numbers or names")
+    for key in ("value", "error", "df", "floor", "seconds", "matvecs"):
+        x = m.get(key)
+        fits = len(x) == width and all(map(_is_number, x)) if isinstance(x, list) else _is_number(x)
+        if not fits:
+            raise ValueError(f"{key} of {name} is {_shown(x)}, expected a number for each point of its axis, or null")
+    if m["kind"] not in ("exact", "bound", "sem"):
+        raise ValueError(f"the kind of {name} is {_shown(m['kind'])}, expected exact, bound or sem")
+    if not isinstance(m.get("note") or "", str):
+        raise ValueError(f"the note of {name} is {_shown(m['note'])}, expected text")
+
+
+def _is_number(x: Any) -> bool:
+    return x is None or (isinstance(x, int | float) and not isinstance(x, bool))
+
+
+def _shown(x: Any) -> str:
+    text = repr(x)
+    return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -346,24 +519,13 @@ def _rectangular(rows: list[Any]) -> list[Any]:
 def _plain(x: Any) -> Any:
     """As JSON has it: no NaN, no numpy numbers, no paths."""
     if isinstance(x, dict):
-        return {str(key): _plain(value) for key, value in x.items()}
+        return {files.printable(str(key)): _plain(value) for key, value in x.items()}
     if isinstance(x, list | tuple):
         return [_plain(value) for value in x]
-    if isinstance(x, bool | int | str) or x is None:
+    if isinstance(x, bool | int) or x is None:
         return x
     if isinstance(x, float):
         return x if math.isfinite(x) else None
     if hasattr(x, "tolist"):
         return _plain(x.tolist())
-    return str(x)
-
-
-def write_whole(file: Path, content: bytes) -> Path:
-    """Write to a temporary file first, so that the file is whole or absent."""
-    temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-    return file
+    return files.printable(str(x))

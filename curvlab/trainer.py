@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +28,11 @@ from .linalg.probes import generator
 from .objective import Objective
 from .optimizers import flat_gradient, learning_rate, preconditioner, settings, stability_threshold, weight_decay
 from .regularizers import registry as regularizers
-from .runs import Run
+from .runs import Run, packed
 from .snapshot import Snapshot
 from .trained import TrainedObjective
+
+CHECKPOINTS = ("final", "checkpoint")
 
 
 def train(
@@ -73,9 +78,12 @@ def train(
             loss L, without penalties and weight decay; the prefix "trained/", as in ``"trained/sharpness"``, asks for the
             objective that is trained (`curvlab.trained.TrainedObjective`).
         run: a new folder for the log, and `final.pt` with the last parameters, buffers and number of steps
-            taken, whichever way the loop ends.
+            taken, whichever way the loop ends. Training ends where the loss of a batch is not finite; the record of that
+            step and `final.pt` then state the reason. A full disk does not end it: a warning says once that something could
+            not be written.
         checkpoint_every: save all that training depends on to `checkpoint.pt` before every so many steps: parameters,
-            buffers, optimizer, scheduler, random states, and what diagnostics carry from step to step.
+            buffers, optimizer, scheduler, random states, and what diagnostics carry from step to step. Where the loss of a
+            batch is not finite, the checkpoint before is kept.
         resume: continue the run in the folder `run` from its last checkpoint, or from the start without one, given the
             same model, optimizer, batches and settings anew. What is logged is bit-identical to what a run that was not
             interrupted logs (equal threads and device). `batches` that have `since` are taken from that step on; others are
@@ -161,6 +169,8 @@ class _Training:
     log: Run | None = None
     carry: dict[Hashable, Any] = field(default_factory=dict)
     path: list[tuple[int, Tensor]] = field(default_factory=list)
+    reason: str = ""  # why training ended before its last step
+    told: bool = False  # that the run cannot be written
     beginning: dict[str, Any] = field(default_factory=dict)
 
     def describe(self, terms: list) -> dict[str, Any]:
@@ -188,22 +198,28 @@ class _Training:
         record: dict[str, Any] = {}
         try:
             for step, batch in enumerate(self._batches(state), taken):
-                if self.checkpoint_every and self.log and step % self.checkpoint_every == 0:
-                    self._save(step)
+                due = self.checkpoint_every and self.log and step % self.checkpoint_every == 0
+                saved = packed(self._state(step)) if due else b""
                 self.optimizer.zero_grad()  # also what it holds beside the model
                 closure = BatchGradient(
                     self.L, batch, micro_batch_size=self.micro_batch_size, penalties=self.penalties,
                     generator=generator(self.seed, step, "penalties"),
                 )  # fmt: skip
                 batch_loss = closure()
+                diverged = not math.isfinite(batch_loss)
+                if diverged:  # the record says so, and the checkpoint before is kept
+                    self.reason = f"the loss of the batch is {batch_loss} at step {step}: training ended"
+                elif saved:
+                    self._keep(functools.partial(Run.write, name="checkpoint", content=saved))
                 at = self._snapshot(step, batch, closure, batch_loss)
-                if due := schedule.select(self.plan, self.every, step):
-                    record = self._measured(at, due, batch_loss)
+                asked = schedule.select(self.plan, self.every, step)
+                if asked or diverged:
+                    record = self._measured(at, asked, batch_loss)
                 yield at
                 at.release()
-                complete = not math.isfinite(batch_loss)
-                if complete:
-                    return  # diverged: the log says so, and the parameters of this point are kept
+                complete = diverged
+                if diverged:
+                    return
                 self._step(closure, batch_loss)
                 taken += 1
                 self._finish(record, getattr(self.optimizer, "effective_lr", None))
@@ -247,20 +263,35 @@ class _Training:
         evaluate(at, due)
         seconds = time.perf_counter() - started
         threshold = stability_threshold(at.optimizer, at.lr) if at.lr else None
-        record = at.record(seconds, threshold=threshold, batch_loss=batch_loss)
+        ended = {"ended": self.reason} if self.reason else {}
+        record = at.record(seconds, threshold=threshold, batch_loss=batch_loss, **ended)
         if self.keeps_trajectory:
             self.path.append((at.step, at.w.cpu()))
         if hasattr(self.optimizer, "effective_lr"):  # known when the step is taken
             return record
-        if self.log is not None:
-            self.log.append(record)
+        self._keep(lambda log: log.append(record))
         return {}
 
     def _finish(self, record: dict[str, Any], effective_lr: float | None) -> None:
-        if record and self.log is not None:
+        if record:
             threshold = 2 / effective_lr if effective_lr else None  # the step is along the gradient
-            self.log.append({**record, "effective_lr": effective_lr, "threshold": threshold})
+            whole = {**record, "effective_lr": effective_lr, "threshold": threshold}
+            self._keep(lambda log: log.append(whole))
         record.clear()
+
+    def _keep(self, write: Callable[[Run], Any]) -> None:
+        """Write to the run. Training is worth more than its log: what fails is told once."""
+        if self.log is None or not self.log.is_open:
+            return
+        try:
+            write(self.log)
+        except OSError as error:
+            if not self.told:
+                warnings.warn(
+                    f"{self.log.path} cannot be written ({error}); training goes on, without what cannot be written",
+                    stacklevel=3,
+                )
+            self.told = True
 
     def _step(self, closure: BatchGradient, batch_loss: float) -> None:
         if isinstance(self.optimizer, torch.optim.LBFGS):  # evaluates what it minimizes, as often as it likes
@@ -293,11 +324,39 @@ class _Training:
 
     def _restored(self) -> dict[str, Any] | None:
         """The last checkpoint, put back; nothing in it for a new run; None for one that had ended."""
-        state = self.L.ranks.of_first({} if self.log is None else self._stored(self.log))
+        with self._fitting():
+            stored = {} if self.log is None else self._stored(self.log)
+        state = self.L.ranks.of_first(stored)
+        with self._fitting():
+            return self._put_back(state)
+
+    @contextlib.contextmanager
+    def _fitting(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # what lies in the folder may be anything
+            if self.log is not None:
+                self.log.close()
+            if isinstance(error, ValueError):
+                raise
+            where = "" if self.log is None else f" in {self.log.path}"
+            raise ValueError(
+                f"{' and '.join(CHECKPOINTS)}.pt{where} do not fit this training ({type(error).__name__}: {error}); "
+                "make the model, optimizer and scheduler of the run, or delete both files to start again"
+            ) from error
+
+    def _stored(self, log: Run) -> dict[str, Any]:
+        """What a run's folder has: its end, if it is complete, or its last checkpoint."""
+        final, state = (log.load(n, device=None) if (log.path / f"{n}.pt").exists() else {} for n in CHECKPOINTS)
+        return final if final.get("complete") else state
+
+    def _put_back(self, state: dict[str, Any]) -> dict[str, Any] | None:
         if state.get("complete"):
             for p, value in zip(self.L.variables(), self.L.split(state["params"]), strict=True):
                 p.data.copy_(value)
             self.L.model.load_state_dict(state["buffers"], strict=False)
+            if self.log is not None:
+                self.log.close()
             return None
         if state:
             self.L.module.load_state_dict(state["model"])
@@ -306,22 +365,13 @@ class _Training:
                 self.scheduler.load_state_dict(state["scheduler"])
             self.carry.update(state["carry"])
             self.path.extend(state["path"])
+        if self.log is not None:
+            self.log.truncate(state.get("log_size", 0))
         return state
 
-    def _stored(self, log: Run) -> dict[str, Any]:
-        """What a run's folder has: its end, if it is complete, or its last checkpoint, to which the log is cut."""
-        if (log.path / "final.pt").exists():
-            final = log.load("final", device=None)
-            if final.get("complete"):
-                log.close()
-                return final
-        state = log.load("checkpoint", device=None) if (log.path / "checkpoint.pt").exists() else {}
-        log.truncate(state.get("log_size", 0))
-        return state
-
-    def _save(self, step: int) -> None:
+    def _state(self, step: int) -> dict[str, Any]:
         assert self.log is not None
-        state = {
+        return {
             "step": step,
             "log_size": self.log.size,
             "model": self.L.module.state_dict(),
@@ -332,17 +382,19 @@ class _Training:
             "carry": self.carry,
             "path": self.path,
         }
-        self.log.save("checkpoint", state)
 
     def _end(self, taken: int, complete: bool) -> None:
         if self.log is None:
             return
         buffers = {name: b.detach().cpu() for name, b in self.L.model.named_buffers()}
-        final = {"step": taken, "params": self.L.params().cpu(), "buffers": buffers, "complete": complete}
+        final = {
+            "step": taken, "params": self.L.params().cpu(), "buffers": buffers, "complete": complete,
+            "reason": self.reason,
+        }  # fmt: skip
         if self.path:
             steps, params = zip(*self.path, strict=True)
-            self.log.save_trajectory(list(steps), list(params))
-        self.log.save("final", final)
+            self._keep(lambda log: log.save_trajectory(list(steps), list(params)))
+        self._keep(lambda log: log.save("final", final))
         self.log.close()
 
 

@@ -336,7 +336,7 @@ def test_a_point_of_another_length_is_refused_when_the_operator_is_made(name):
 # As in DESIGN.md, lowest first: a file imports only from lower layers, or from its own folder.
 LAYERS = (
     {"measurement", "memory", "cross_entropy", "guard", "layers", "linearize", "optional", "replay", "schedule"},
-    {"timing", "unwrap", "ranks"},
+    {"timing", "unwrap", "ranks", "files"},
     {"losses", "batches"},
     {"linalg"},
     {"checks"},

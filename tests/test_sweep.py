@@ -537,7 +537,7 @@ def test_two_sweeps_do_not_write_to_one_folder(tmp_path):
     (tmp_path / ".lock").touch()
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another sweep is running in"):
+        with pytest.raises(ValueError, match="is being written by another process; wait until it has ended"):
             conduct(Sweep(one(), tmp_path, seeds=(0,)))
     assert conduct(Sweep(one(), tmp_path, seeds=(0,))).results[0].status == "finished"
 

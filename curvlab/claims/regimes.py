@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..runs import Run
+from ..runs import Run, read_result
 from .registry import Decision
 from .statistics import Estimate, mean_over_seeds
 
@@ -73,8 +73,7 @@ class Member:
     @cached_property
     def _result(self) -> dict[str, Any]:
         """What the sweep that made the run, if one did, has measured where training ended."""
-        file = self.run.path / "result.json"
-        return json.loads(file.read_text()) if file.is_file() else {"status": None, "final": {}}
+        return read_result(self.run.path) or {"status": None, "final": {}}
 
     def final(self, metric: str) -> float:
         """The metric where training ended, as a sweep measures it there; otherwise the last one of the log."""

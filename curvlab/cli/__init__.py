@@ -27,7 +27,8 @@ USAGE = """usage: curvlab COMMAND ...
   explain [NAME]            what a quantity or an error means, and how it is estimated
   list                      presets, studies, diagnostics, regularizers, methods, models, data sets and claims
 
-`curvlab COMMAND --help` lists the options of a command.
+`curvlab COMMAND --help` lists the options of a command. Exit status: 0 where all went well, 1 where a run diverged
+(`run`) or failed (`sweep`), 2 for a mistake or a file that cannot be read, 130 after Ctrl-C.
 """
 
 COMMANDS = {
@@ -71,8 +72,12 @@ def _run(arguments: list[str]) -> int:
     command = getattr(importlib.import_module(f"curvlab.cli.{COMMANDS[name]}"), f"{name}_command")
     try:
         return command(arguments[1:])
-    except (ValueError, FileNotFoundError, FileExistsError, KeyError) as error:
-        print(f"curvlab: {error.args[0] if len(error.args) == 1 else error}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, KeyError) as error:
+        from ..files import printable
+
+        print(printable(f"curvlab: {error.args[0] if len(error.args) == 1 else error}"), file=sys.stderr)
         return 2
     except RuntimeError as error:
         if type(error).__name__ != "RanksLost":  # known by its name, so that help needs no torch

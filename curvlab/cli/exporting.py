@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from ..files import printable
 from .reading import expand
 
 
@@ -35,5 +36,5 @@ def export_command(arguments: list[str]) -> int:
         )
     tables.to_csv(runs, out or sys.stdout, wide=wide)
     if out:
-        print(out)
+        print(printable(str(out)))
     return 0

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ..files import printable
 from ..problems.presets import ABOUT
 from ..problems.studies import STUDIES, studies
 from ..runs import CONFIG, Run
@@ -78,7 +79,7 @@ def plot_command(arguments: list[str]) -> int:
     else:
         drawn = plots.plot(runs, out)
     for path in drawn:
-        print(path)
+        print(printable(str(path)))
     return 0
 
 

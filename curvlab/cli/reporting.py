@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from ..files import printable
 from .reading import expand
 
 
@@ -26,7 +27,7 @@ def report_command(arguments: list[str]) -> int:
     paths, out = tyro.cli(options, args=arguments, prog="curvlab report")
     from ..report import report
 
-    print(report(expand(paths), out))
+    print(printable(str(report(expand(paths), out))))
     return 0
 
 
@@ -53,5 +54,5 @@ def compare_command(arguments: list[str]) -> int:
         raise ValueError(f"{paths[0]} is one run; name at least two to compare, or draw it with curvlab plot")
     place = out or Path(os.path.commonpath([run.path.parent for run in runs]))
     for path in plots.save({place / "compare": plots.bands(runs, quantities or plots.common(runs))}):
-        print(path)
+        print(printable(str(path)))
     return 0

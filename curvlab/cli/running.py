@@ -27,6 +27,10 @@ def run_command(arguments: list[str]) -> int:
         runs, interrupted = _train_all(options.experiment, folder, keep, ranks)
     if ranks.rank:
         return 130 if interrupted else 0
+    diverged = [(run.path, reason) for run in runs if (reason := run.records[-1].get("ended"))]
+    for path, reason in diverged:
+        kept = f"; the state before is in {path / 'checkpoint.pt'}" if (path / "checkpoint.pt").exists() else ""
+        print(f"curvlab: {path}: {reason}{kept}", file=sys.stderr)
     if runs:
         from ..claims import check
         from ..plots import plot
@@ -35,7 +39,7 @@ def run_command(arguments: list[str]) -> int:
         for path in plot(runs, folder):
             print(f"figure: {path}")
     print(f"run:    {folder}")
-    return 130 if interrupted else 0
+    return 130 if interrupted else int(bool(diverged))
 
 
 def _train_all(experiment: Experiment, folder: Path, keep: dict[str, Any], ranks: Ranks) -> tuple[list[Run], bool]:

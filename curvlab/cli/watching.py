@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -14,8 +13,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from .. import files
 from ..plots.series import ADAPTIVE, limit
-from ..runs import CONFIG, LOG, Run
+from ..runs import CONFIG, LOG, Run, read_record
 
 KEY = (
     "loss", "batch_loss", "sharpness", "preconditioned_sharpness", "interaction_sharpness", "instability",
@@ -126,19 +126,16 @@ class _Log:
         """Look; returns from which record on they are new."""
         if not self.file.exists():
             return 0
-        before, new = self.records, b""
-        with self.file.open("rb") as stream:
+        before = self.records
+        with files.open_file(self.file) as stream:
             stream.seek(self._read - len(self._last))
             kept = stream.read(len(self._last)) == self._last
             if not kept:  # a resumed run forgets what was logged after its checkpoint
                 stream.seek(0)
                 self._read, self.records = 0, []
-            new = stream.read()
-        lines = new[: new.rfind(b"\n") + 1].splitlines(keepends=True)
-        try:
-            self.records = self.records + [json.loads(line) for line in lines]
-        except ValueError:
-            raise ValueError(f"{self.file} has a line that is no JSON; it was not written by a run") from None
+            lines = [line for line in files.lines(stream, self.file) if line.endswith(b"\n")]
+        known = len(self.records) + 1
+        self.records = self.records + [read_record(line, self.file, i) for i, line in enumerate(lines, known)]
         self._read += sum(map(len, lines))
         self._last = lines[-1] if lines else self._last if kept else b""
         pairs = enumerate(zip(before, self.records, strict=False))
@@ -151,6 +148,7 @@ class _View:
     def __init__(self, run: Run, quantities: Sequence[str]) -> None:
         self.run, self.asked, self.log = run, tuple(quantities), _Log(run.path / LOG)
         training = run.config.get("training", {})
+        self.where = files.printable(str(run.path))
         self.optimizer = training.get("optimizer") or {}
         self.batch_size = training.get("batch_size")
         self.steps = (training.get("batches") or {}).get("steps")
@@ -191,20 +189,24 @@ class _View:
 
     def line(self, record: dict[str, Any]) -> str:
         names = self.names()
-        cells = [str(record["step"]), *(self._cell(name, record) for name in names), f"{record.get('seconds', 0):.3g}"]
+        cells = [
+            str(record["step"]),
+            *(self._cell(name, record) for name in names),
+            f"{record.get('seconds') or 0:.3g}",
+        ]
         return _row(cells, [len(title) for title in ["step", *map(self._title, names), "seconds"]])
 
     def state(self) -> str:
         """Where the run stands."""
         if not self.log.records:
-            return f"{'ended without records' if self.ended else 'no records yet'} ({self.run.path})"
+            return f"{'ended without records' if self.ended else 'no records yet'} ({self.where})"
         last = self.log.records[-1]
         of = f" of {self.steps}" if self.steps else ""
         age = time.time() - self.log.file.stat().st_mtime
         state = "ended" if self.ended else f"last record {_duration(age)} ago"
-        spent = sum(record.get("seconds", 0.0) for record in self.log.records)
+        spent = sum(record.get("seconds") or 0.0 for record in self.log.records)
         count = f"{len(self.log.records)} record{'s' * (len(self.log.records) > 1)}"
-        return f"step {last['step']}{of}, {state}; {count}, {_duration(spent)} of measuring ({self.run.path})"
+        return f"step {last['step']}{of}, {state}; {count}, {_duration(spent)} of measuring ({self.where})"
 
     def summary(self) -> list[str]:
         """The state, and the history of each quantity with its last value."""
@@ -267,7 +269,7 @@ class _View:
 
 def _row(cells: Sequence[str], widths: Sequence[int] | None = None) -> str:
     widths = [len(cell) for cell in cells] if widths is None else widths
-    return "  ".join(cell.rjust(max(10, width)) for cell, width in zip(cells, widths, strict=True))
+    return "  ".join(files.printable(cell).rjust(max(10, width)) for cell, width in zip(cells, widths, strict=True))
 
 
 def _bars(values: Sequence[float], count: int = BARS) -> str:

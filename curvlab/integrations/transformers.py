@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from ..diagnostics.registry import Request
+from ..files import read_tensors, write_whole
 from ..guard import random_states
 from ..monitor import Monitor
 from ..optional import require_package
+from ..runs import packed
 
 _trainer: Any = require_package("transformers.trainer", "curvlab[transformers]")
 
@@ -95,7 +96,7 @@ class CurvatureCallback(_trainer.TrainerCallback):
             **({"resume": True} if resumed else {}) | self.options,
         )  # fmt: skip
         if resumed:
-            self.monitor.load_state_dict(torch.load(saved, weights_only=True))
+            self.monitor.load_state_dict(read_tensors(saved, None))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure what is due."""
@@ -106,7 +107,7 @@ class CurvatureCallback(_trainer.TrainerCallback):
         """Save what later measurements depend on, beside the trainer's own state."""
         saved = self._file(args, state)
         if self.monitor is not None and state.is_world_process_zero and saved.parent.is_dir():
-            torch.save(self.monitor.state_dict(), saved)
+            write_whole(saved, packed(self.monitor.state_dict()))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the log."""

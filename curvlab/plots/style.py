@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,5 +61,7 @@ def save(figures: Mapping[Path, Figure]) -> list[Path]:
     for path, figure in figures.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         for suffix in (".png", ".pdf"):
-            figure.savefig(path.with_suffix(suffix), dpi=150)
+            content = io.BytesIO()
+            figure.savefig(content, dpi=150, format=suffix[1:])
+            write_whole(path.with_suffix(suffix), content.getvalue())
     return [path.with_suffix(".png") for path in figures]

@@ -1,4 +1,4 @@
-"""Readers of the files in which image data sets are published. Nothing in a file is run, and lengths are checked."""
+"""Readers of the files in which image data sets are published. Nothing in a file is run; lengths and claims are checked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import pickle
+import zlib
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -13,13 +14,26 @@ from typing import Any
 
 import numpy as np
 
+from ..files import printable, read_file
+
+LIMIT = 1 << 30  # bytes of one file, packed and unpacked; the largest that is read has 221 MB
+
+
+class _Array:
+    """The name of numpy's array in a pickle; called, it would make one of any size, of what the memory holds."""
+
+
+def _empty(kind: Any, shape: Any, code: Any) -> np.ndarray:
+    """The start of an array, which its state then fills."""
+    return np.ndarray((0,), np.uint8)
+
+
 # What a pickle of numpy arrays needs; anything else in one, such as os.system, is refused.
-_reconstruct = np.empty(0).__reduce__()[0]
-_ALLOWED = {
-    ("numpy", "ndarray"): np.ndarray,
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,  # numpy 1
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): _empty,  # numpy 1
+    ("numpy._core.multiarray", "_reconstruct"): _empty,
 }
 
 
@@ -58,15 +72,22 @@ def read_pickle(path: Path) -> dict[str, Any]:
         ValueError: the file is no such pickle, or names anything else, which is not run.
     """
     try:
-        content = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a pickle of arrays ({error}); get the file again from its home") from None
+        content = _Unpickler(io.BytesIO(read_file(path, LIMIT)), encoding="bytes").load()
+    except OSError:
+        raise
+    except Exception as error:  # whatever it takes to read a damaged pickle
+        why = printable(str(error))[:200]
+        raise ValueError(f"{path} is not a pickle of arrays ({why}); get the file again from its home") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary; get the file again")
-    return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in content.items()}
+    return {_text(key): value for key, value in content.items() if isinstance(key, bytes | str)}
 
 
-class _Unpickler(pickle.Unpickler):
+def _text(key: bytes | str) -> str:
+    return printable(key.decode(errors="replace") if isinstance(key, bytes) else key)[:80]
+
+
+class _Unpickler(pickle._Unpickler):  # the one in C takes as much memory as an index in the pickle says
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
             return _latin1
@@ -79,19 +100,30 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def read_idx(path: Path) -> np.ndarray:
+def read_idx(path: Path, shape_of_one: tuple[int, ...] | None = None) -> np.ndarray:
     """An array of unsigned bytes in the IDX format of MNIST, gzipped or not.
 
+    Args:
+        shape_of_one: of an example, which the file must state.
+
     Raises:
-        ValueError: another kind of file, or one that is cut off.
+        ValueError: another kind of file, one that is cut off, or one that unpacks to more than it can hold.
     """
+    raw = read_file(path, LIMIT)
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+        if path.suffix == ".gz":
+            raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(LIMIT + 1)
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be unpacked ({error}); get the file again from its home") from None
+    if len(raw) > LIMIT:
+        raise ValueError(f"{path} unpacks to more than {LIMIT} bytes; it is another file: get it again from its home")
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
         raise ValueError(f"{path} does not start as an IDX file of unsigned bytes; get the file again from its home")
     shape = tuple(int(size) for size in np.frombuffer(raw, ">u4", count=raw[3], offset=4))
+    if shape_of_one is not None and shape[1:] != shape_of_one:
+        raise ValueError(
+            f"{path} states the shape {shape[:8]}, expected (n, ...) with ... = {shape_of_one}; get it again"
+        )
     return _shaped(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]), shape, path)
 
 
@@ -101,24 +133,62 @@ def read_bytes(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     Raises:
         ValueError: the length does not fit.
     """
-    raw = np.frombuffer(path.read_bytes(), np.uint8)
+    raw = np.frombuffer(read_file(path, LIMIT), np.uint8)
     return _shaped(raw, (len(raw) // prod(shape[1:]), *shape[1:]) if shape[0] < 0 else shape, path)
 
 
 def read_matlab(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a MATLAB file (version 5).
+    """The arrays X and y of a MATLAB file (version 5).
 
     Raises:
-        ValueError: another kind of file, or one that is cut off.
+        ValueError: another kind of file, one that is cut off, or one that unpacks to more than it can hold.
     """
     from scipy.io import loadmat
 
+    raw = read_file(path, LIMIT)
     try:
-        return loadmat(path)
+        _check_matlab(raw)
+        with np.errstate(all="ignore"):
+            return loadmat(io.BytesIO(raw), variable_names=["X", "y"])
     except Exception as error:  # the reader has many
+        why = printable(str(error))[:200]
+        raise ValueError(f"{path} cannot be read as a MATLAB file ({why}); get the file again from its home") from None
+
+
+def _check_matlab(raw: bytes) -> None:
+    """What the elements of a file unpack to, before memory is taken for it."""
+    if len(raw) < 128 or raw[126:128] not in (b"IM", b"MI"):
+        raise ValueError("it does not start as one of version 5")
+    order, place, total = ("<" if raw[126:128] == b"IM" else ">"), 128, 0
+    while place < len(raw):
+        kind, size = np.frombuffer(raw[place : place + 8].ljust(8, b"\0"), f"{order}u4").tolist()
+        if size > len(raw) - place - 8:
+            raise ValueError("it is cut off")
+        if kind == 15:  # compressed
+            unpacker, rest = zlib.decompressobj(), raw[place + 8 : place + 8 + size]
+            while rest and total <= LIMIT:
+                total += len(unpacker.decompress(rest, 1 << 20))
+                rest = unpacker.unconsumed_tail
+        if total > LIMIT:
+            raise ValueError(f"it unpacks to more than {LIMIT} bytes")
+        place += 8 + size
+
+
+def integers(y: Any, source: Path) -> np.ndarray:
+    """Labels as int64 of shape (n,).
+
+    Raises:
+        ValueError: they are no whole numbers.
+    """
+    try:
+        found = np.asarray(y if isinstance(y, np.ndarray) else list(y))
+    except (ValueError, TypeError, OverflowError):
+        found = np.empty(0, object)
+    if found.dtype.kind not in "iu":
         raise ValueError(
-            f"{path} cannot be read as a MATLAB file ({error}); get the file again from its home"
-        ) from None
+            f"{source} has labels that are no whole numbers ({found.dtype}); get the file again from its home"
+        )
+    return found.astype(np.int64).reshape(-1)
 
 
 def labelled(x: np.ndarray, y: np.ndarray, num_classes: int, source: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +197,7 @@ def labelled(x: np.ndarray, y: np.ndarray, num_classes: int, source: Path) -> tu
     Raises:
         ValueError: different numbers, another type, or labels out of range.
     """
-    y = np.asarray(y).astype(np.int64).reshape(-1)
+    y = integers(y, source)
     if x.dtype != np.uint8 or len(x) != len(y) or not len(y) or y.min() < 0 or y.max() >= num_classes:
         raise ValueError(
             f"{source} holds {len(x)} images of {x.dtype} and {len(y)} labels from {y.min(initial=0)} to "

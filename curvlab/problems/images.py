@@ -18,6 +18,7 @@ and raises a FileNotFoundError where a file is missing, and a ValueError where o
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,8 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import read_file
 from .data import Split, replace_labels
-from .formats import find, labelled, read_bytes, read_idx, read_matlab, read_pickle
+from .formats import LIMIT, find, integers, labelled, read_bytes, read_idx, read_matlab, read_pickle
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -87,7 +89,7 @@ def stl10(n: int | None = None, *, folder: Folder = None, **options: Unpack[Opti
     def read(part: str) -> Arrays:
         x, y = (find("stl10", folder, ("stl10_binary", ""), f"{part}_{kind}.bin") for kind in "Xy")
         images = read_bytes(x, (-1, 3, 96, 96)).transpose(0, 1, 3, 2)  # stored column by column
-        return labelled(images, read_bytes(y, (-1,)).astype(np.int64) - 1, 10, x)
+        return labelled(images, integers(read_bytes(y, (-1,)), y) - 1, 10, x)
 
     return _finish(read("train"), read("test"), n, num_classes=10, **options)
 
@@ -103,9 +105,11 @@ def svhn(n: int | None = None, *, folder: Folder = None, **options: Unpack[Optio
     def read(part: str) -> Arrays:
         path = find("svhn", folder, ("svhn", "SVHN", ""), f"{part}_32x32.mat")
         content = read_matlab(path)
-        if content.get("X", np.empty(0)).ndim != 4 or "y" not in content:
+        x = content.get("X", np.empty(0))
+        if not isinstance(x, np.ndarray) or x.ndim != 4 or x.shape[:3] != (32, 32, 3) or "y" not in content:
             raise ValueError(f"{path} holds {sorted(content)}, expected X (height, width, channels, n) and y")
-        return labelled(content["X"].transpose(3, 2, 0, 1), content["y"].astype(np.int64) % 10, 10, path)
+        y = integers(content["y"], path)
+        return labelled(x.transpose(3, 2, 0, 1), np.where(y == 10, 0, y), 10, path)
 
     return _finish(read("train"), read("test"), n, num_classes=10, **options)
 
@@ -124,7 +128,7 @@ def fashion_mnist(n: int | None = None, *, folder: Folder = None, **options: Unp
         x, y = (
             find("fashion_mnist", folder, places, f"{part}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1")
         )
-        return labelled(read_idx(x)[:, None], read_idx(y), 10, x)
+        return labelled(read_idx(x, (28, 28))[:, None], read_idx(y, ()), 10, x)
 
     options.setdefault("standardize", "image")
     return _finish(read("train"), read("t10k"), n, num_classes=10, **options)
@@ -139,14 +143,16 @@ def tiny_imagenet(n: int | None = None, *, folder: Folder = None, **options: Unp
     Source: Stanford CS231n; a part of ImageNet (Deng et al. 2009).
     """
     home = find("tiny_imagenet", folder, ("tiny-imagenet-200", ""), "wnids.txt").parent
-    classes = {name: k for k, name in enumerate(sorted((home / "wnids.txt").read_text().split()))}
+    classes = {name: k for k, name in enumerate(sorted(_words(home / "wnids.txt").split()))}
     folders = {path.name for path in home.glob("train/*")}
     if folders != set(classes):
         raise ValueError(
             f"{home}/train has {len(folders)} folders and wnids.txt {len(classes)} classes, which are not the same; get the "
             "data set again from its home"
         )
-    pairs = [(path, k) for name, k in classes.items() for path in sorted(home.glob(f"train/{name}/images/*.JPEG"))]
+    pairs = [
+        (path, k) for name, k in classes.items() for path in sorted((home / "train" / name / "images").glob("*.JPEG"))
+    ]
     test_pairs = _annotated(find("tiny_imagenet", home, ("val",), "val_annotations.txt"), classes)
     train, test = (
         (np.array([str(path) for path, _ in rows]), np.array([k for _, k in rows])) for rows in (pairs, test_pairs)
@@ -154,9 +160,13 @@ def tiny_imagenet(n: int | None = None, *, folder: Folder = None, **options: Unp
     return _finish(train, test, n, num_classes=len(classes), decode=_decode, **options)
 
 
+def _words(file: Path) -> str:
+    return read_file(file, LIMIT).decode(errors="replace")
+
+
 def _annotated(notes: Path, classes: Mapping[str, int]) -> list[tuple[Path, int]]:
     """The images of the validation set and their classes, each image named once."""
-    rows = [line.split("\t") for line in notes.read_text().splitlines()]
+    rows = [line.split("\t") for line in _words(notes).splitlines()]
     odd = [row for row in rows if len(row) < 2 or row[1] not in classes]
     files = {path.name for path in (notes.parent / "images").glob("*.JPEG")}
     if odd or sorted(row[0] for row in rows) != sorted(files):
@@ -184,12 +194,13 @@ def _decode(paths: np.ndarray) -> np.ndarray:
     images = []
     for path in paths:
         try:
-            with Image.open(path) as image:
-                pixels = np.asarray(image.convert("RGB"), dtype=np.uint8)
-        except (OSError, SyntaxError) as error:
+            with Image.open(io.BytesIO(read_file(Path(path), LIMIT)), formats=["JPEG"]) as image:
+                size = image.size  # before memory is taken for it
+                pixels = np.asarray(image.convert("RGB"), dtype=np.uint8) if size == (64, 64) else np.empty(0)
+        except Exception as error:  # the readers of damaged images have many
             raise ValueError(f"{path} cannot be read as an image ({error}); get the data set again") from None
-        if pixels.shape != (64, 64, 3):
-            raise ValueError(f"{path} has {pixels.shape[0]}x{pixels.shape[1]} pixels, expected 64x64")
+        if size != (64, 64):
+            raise ValueError(f"{path} has {size[1]}x{size[0]} pixels, expected 64x64")
         images.append(pixels.transpose(2, 0, 1))
     return np.stack(images)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import files
 from ..problems.presets import parse_penalties, vary
 from ..problems.rows import Study
 from ..runs import Run
@@ -16,11 +17,6 @@ from .options import Sweep
 from .plan import Job, Point
 from .table import Judged, Summary, better, judge, summarize, write
 from .work import Result, Wanted, run
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
 
 Watcher = Callable[[Result], None]
 
@@ -83,15 +79,11 @@ def _conduct(sweep: Sweep, watch: Watcher) -> Outcome:
 def _alone(folder: Path) -> Iterator[None]:
     """Hold a folder that no other sweep may write to meanwhile; a process that dies lets go of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"another sweep is running in {folder}; wait for it, or choose another by --out"
-                ) from None
+    held = files.lock(folder, "a sweep")
+    try:
         yield
+    finally:
+        files.unlock(held)
 
 
 def _run(jobs: Sequence[Job], wanted: Wanted, workers: int, watch: Watcher) -> list[Result]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from ..problems.presets import Experiment, from_config, vary
 from ..problems.rows import Study
-from ..runs import CONFIG
+from ..runs import CONFIG, read_config
 
 SEEDS = ("init_seed", "data_seed", "probe_seed")
 Point = dict[str, str]  # setting -> value, as written
@@ -159,7 +158,7 @@ def check_folders(jobs: Iterable[Job]) -> None:
         file = job.folder / CONFIG
         if not file.is_file():
             continue
-        there = dataclasses.asdict(from_config(json.loads(file.read_text()))[0])
+        there = dataclasses.asdict(from_config(read_config(file))[0])
         asked = dataclasses.asdict(job.experiment)
         odd = [name for name in asked if name != "external" and there[name] != asked[name]]
         if odd:

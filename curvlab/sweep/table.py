@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from ..claims.regimes import decide
 from ..claims.registry import Decision
 from ..claims.statistics import Estimate
 from ..claims.statistics import mean_over_seeds as estimate
+from ..files import write_whole
 from ..problems.rows import Row, Study
 from .work import Result, larger_is_better
 
@@ -188,21 +190,22 @@ def write(
     """table.csv, a line for each row and point, and table.json, with every run and `facts` about the sweep."""
     axes = list(dict.fromkeys(name for summary in summaries for name, _ in summary.point))
     names = ["mean", "low", "high", "median"]
-    with (folder / "table.csv").open("w", newline="") as stream:
-        table = csv.writer(stream)
-        table.writerow(["row", *axes, "seeds", *names, "diverged", "failed", "left_out"])
-        for s in summaries:
-            point = dict(s.point)
-            numbers = (s.mean.value, s.mean.low, s.mean.high, s.median)
-            counts = (len(s.diverged), len(s.failed), len(s.left_out))
-            table.writerow([s.label, *(point.get(a, "") for a in axes), len(s.values), *numbers, *counts])
+    stream = io.StringIO()
+    table = csv.writer(stream)
+    table.writerow(["row", *axes, "seeds", *names, "diverged", "failed", "left_out"])
+    for s in summaries:
+        point = dict(s.point)
+        numbers = (s.mean.value, s.mean.low, s.mean.high, s.median)
+        counts = (len(s.diverged), len(s.failed), len(s.left_out))
+        table.writerow([s.label, *(point.get(a, "") for a in axes), len(s.values), *numbers, *counts])
+    write_whole(folder / "table.csv", stream.getvalue().encode())
     runs = [
         {"row": r.job.label, "point": dict(r.job.point), "seed": r.job.seed, "status": r.status, "values": r.values,
          "folder": r.job.folder.name, "reason": r.reason}
         for r in sorted(results, key=lambda r: r.job.folder)
     ]  # fmt: skip
     content = {**facts, "table": [asdict(s) for s in summaries], "runs": runs}
-    (folder / "table.json").write_text(json.dumps(_plain(content), indent=2))
+    write_whole(folder / "table.json", json.dumps(_plain(content), indent=2).encode())
     return [folder / "table.csv", folder / "table.json"]
 
 

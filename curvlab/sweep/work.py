@@ -19,13 +19,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..files import write_whole
 from ..problems.formats import MissingData
 from ..problems.rows import Statistic
-from ..runs import Run
+from ..runs import RESULT, Run, read_result
 from .plan import Job, check_folders
 
 Status = Literal["finished", "diverged", "failed", "interrupted"]
-RESULT = "result.json"
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _work(job: Job, wanted: Wanted, before: Status | None) -> Result:
     except Exception as error:  # whatever it is, the other runs go on
         with contextlib.suppress(OSError):
             job.folder.mkdir(parents=True, exist_ok=True)
-            (job.folder / "error.txt").write_text(traceback.format_exc())
+            write_whole(job.folder / "error.txt", traceback.format_exc().encode())
         lines = (str(error.args[0]) if error.args else "").splitlines() or [""]
         return Result(job, "failed", reason=f"{type(error).__name__}: {lines[0]}")
 
@@ -228,11 +228,8 @@ def _measure(job: Job, name: str) -> float | None:
 
 def _stored(job: Job) -> dict[str, Any]:
     """What is known of a run that ended; empty for others."""
-    file = job.folder / RESULT
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_result(job.folder) or {}
 
 
 def _store(job: Job, content: dict[str, Any]) -> None:
-    temporary = job.folder / f"{RESULT}.tmp"
-    temporary.write_text(json.dumps(content, indent=2))
-    os.replace(temporary, job.folder / RESULT)
+    write_whole(job.folder / RESULT, json.dumps(content, indent=2).encode())
