@@ -12,6 +12,7 @@ from typing import Any
 
 from . import plots
 from .claims import check
+from .files import printable
 from .runs import Run, flattened, write_whole
 
 STYLE = """
@@ -104,4 +105,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(text)
+    return html.escape(printable(text))

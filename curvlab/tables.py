@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from .files import printable
 from .measurement import half_width
 from .optional import require_package
 from .runs import Run
@@ -101,7 +102,7 @@ def _columns(rows: Sequence[Row], wide: bool) -> list[str]:
 
 def _rows(run: Run) -> Iterator[Row]:
     """The long rows of a run, with the floors of their intervals, and without their ends."""
-    name = run.path.as_posix()
+    name = printable(run.path.as_posix())
     for record in run.records:
         base = {"run": name, "step": record["step"]}
         beside = ((key, x) for key, x in record.items() if key != "step" and _is_number(x))

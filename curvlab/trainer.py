@@ -22,7 +22,7 @@ from .batch_gradient import BatchGradient
 from .batches import Batches
 from .diagnostics import evaluate, parse, require
 from .diagnostics.registry import TRAINED, Request, batch_sizes, described
-from .guard import full_precision, get_random_states, set_random_states
+from .guard import full_precision, get_random_states, random_states, set_random_states
 from .hvp import Engine
 from .linalg.probes import generator
 from .objective import Objective
@@ -359,6 +359,11 @@ class _Training:
                 self.log.close()
             return None
         if state:
+            if not isinstance(state["step"], int) or state["step"] < 0:
+                raise TypeError(f"step is {state['step']!r}, expected a whole number")
+            with random_states():
+                set_random_states(state["beginning"])
+                set_random_states(state["random"])
             self.L.module.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.scheduler is not None:
