@@ -86,14 +86,17 @@ def harmless(folder: Path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < LIMITS["mebibytes"] * 1024
 
 
-def test_the_watch_sees_what_is_done(tmp_path):
-    for harm in (
-        lambda: (tmp_path / "other").write_text(""),
-        lambda: subprocess.run(["true"]),
-        lambda: np.zeros(LIMITS["mebibytes"] << 20, np.uint8).fill(1) or None,
-    ):
-        with pytest.raises(AssertionError), harmless(tmp_path / "folder"):
-            harm()
+@pytest.mark.parametrize("harm", ["writes", "runs", "takes memory"])
+def test_the_watch_sees_what_is_done(tmp_path, monkeypatch, harm):
+    monkeypatch.setitem(LIMITS, "mebibytes", 50)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    act = {
+        "writes": lambda: (tmp_path / "other").write_text(""),
+        "runs": lambda: subprocess.run(["true"]),
+        "takes memory": lambda: np.zeros(before * 1024 + (100 << 20), np.uint8).fill(1),
+    }[harm]
+    with pytest.raises(AssertionError), harmless(tmp_path / "folder"):
+        act()
 
 
 # Runs

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import copy
 import doctest
-import io
 import json
 import math
 import os
-import pickle
 import re
-import signal
 import subprocess
 import sys
 import textwrap
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -214,45 +210,6 @@ def test_another_process_reads_along(run):
     assert out.split("\n")[0] == "[0, 1, 2] [0.0, 0.5, 1.0]"
 
 
-def test_a_kill_loses_nothing_that_was_appended(tmp_path):
-    code = """
-        import sys
-        from curvlab.runs import Run
-        run = Run.create(sys.argv[1], {})
-        step = 0
-        while True:
-            run.append({"step": step, "measurements": {"loss": {"value": step, "error": 0.0, "kind": "exact"}},
-                        "padding": "x" * 3000})
-            print(step, flush=True)
-            step += 1
-    """
-    path = tmp_path / "killed"
-    child = in_another_process(code, path, stdout=subprocess.PIPE)
-    for line in child.stdout:
-        if int(line) >= 300:
-            break
-    child.send_signal(signal.SIGKILL)
-    said = [int(line) for line in child.stdout.read().split("\n")[:-1]]
-    child.wait()
-    assert child.returncode == -signal.SIGKILL
-    lines = log_of(path).read_bytes().split(b"\n")
-    assert lines[-1] == b""  # one write, so no line is torn even by this kill
-    steps = Run(path).series("loss").steps.tolist()
-    assert steps == list(range(len(steps)))
-    assert len(steps) > (said[-1] if said else 300)
-
-
-@pytest.mark.parametrize("torn", [b'{"step":2,"meas', b"\xce", b"{"])
-def test_a_torn_last_line_is_left_out_with_a_warning(run, torn):
-    for step in range(2):
-        run.append(record(step, loss=Measurement(1.0)))
-    with open(log_of(run.path), "ab") as file:
-        file.write(torn)
-    reader = Run(run.path)
-    with pytest.warns(UserWarning, match=r"measurements.jsonl ends in an incomplete line, which is left out"):
-        assert len(reader.records) == 2
-
-
 # Run: series
 
 
@@ -355,39 +312,6 @@ def test_saved_tensors_come_back(run):
 def test_a_file_that_was_not_saved(run):
     with pytest.raises(FileNotFoundError, match=r"final.pt does not exist; a run saves its final parameters when it"):
         run.load("final")
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text"])
-def test_a_damaged_file_is_refused(run, damage):
-    file = run.save("state", {"w": torch.randn(1000)})
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(
-        {"truncated": content[: len(content) // 2], "flipped": content, "empty": b"", "text": b"hello"}[damage]
-    )
-    with pytest.raises(
-        ValueError, match=r"state.pt is damaged, or was not written by torch.save .*; save it, or run, again"
-    ):
-        run.load("state")
-
-
-class Trap:
-    def __reduce__(self):
-        return (os.mkdir, (os.environ["CURVLAB_TRAP"],))
-
-
-def test_nothing_is_executed_when_a_file_is_loaded(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("CURVLAB_TRAP", str(tmp_path / "sprung"))
-    buffer = io.BytesIO()
-    torch.save({"w": Trap()}, buffer)
-    (run.path / "trap.pt").write_bytes(buffer.getvalue())
-    assert zipfile.is_zipfile(run.path / "trap.pt")
-    with pytest.raises((pickle.UnpicklingError, ValueError)):
-        run.load("trap")
-    (run.path / "plain.pt").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(ValueError, match=r"plain\.pt is damaged"):
-        run.load("plain")
-    assert not (tmp_path / "sprung").exists()
 
 
 # train

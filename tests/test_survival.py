@@ -14,7 +14,6 @@ import random
 import resource
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -253,47 +252,7 @@ def test_a_monitor_survives_a_full_disk(tmp_path, monkeypatch):
     assert 0 < len(Run(tmp_path / "run").records) < 5
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, of Linux")
-def test_a_device_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
-    """The system's own ENOSPC, where a checkpoint is about to be written over the last one."""
-    run = Run.create(tmp_path / "run", {})
-    run.save("state", {"step": 1})
-    opened = os.open
-
-    def full(file, flags, *mode):
-        return opened("/dev/full" if str(file).endswith(".tmp") else file, flags & ~os.O_EXCL, *mode)
-
-    monkeypatch.setattr(os, "open", full)
-    with pytest.raises(OSError, match="No space left"):
-        run.save("state", {"step": 2})
-    assert run.load("state") == {"step": 1}
-
-
 # Two processes
-
-
-def test_two_processes_do_not_write_one_run(tmp_path, capfd):
-    folder = tmp_path / "run"
-    run = Run.create(folder, {"training": {}})
-    assert (folder / files.LOCK).read_text().split() == [str(os.getpid()), socket.gethostname()]
-    code = f"from curvlab.runs import Run; Run.resume({str(folder)!r}, {{'training': {{}}}})"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert other.returncode == 1
-    assert (
-        f"{folder} is being written by process {os.getpid()} on {socket.gethostname()}; wait until it has ended"
-        in other.stderr
-    )
-    run.append({"step": 0, "measurements": {}})
-    run.close()
-    assert (folder / files.LOCK).read_bytes() == b""
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
-    # that one ended without closing the run
-    capfd.readouterr()
-    again = Run.resume(folder, {"training": {}})
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.endswith(f"on {socket.gethostname()} died while it wrote a run; taken over")
-    assert len(again.records) == 1
 
 
 def test_of_two_processes_that_race_for_a_run_one_gets_it(tmp_path):

@@ -311,4 +311,19 @@ def from_config(config: dict[str, Any]) -> tuple[Experiment, int]:
     settings: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()
     }
-    return Experiment(**settings), int(config.get("run_batch_size", 0))
+    known = {field.name: field.default for field in dataclasses.fields(Experiment)}
+    wrong = [key for key, value in settings.items() if not _fits(key, value, known[key])]
+    batch_size = config.get("run_batch_size", 0)
+    if wrong or not isinstance(batch_size, int):
+        what = ", ".join(f"{key} = {str(settings[key])[:80]}" for key in wrong[:3]) or f"run_batch_size = {batch_size}"
+        raise ValueError(f"the run's experiment has settings of other types ({what}); it was not written by curvlab")
+    return Experiment(**settings), batch_size
+
+
+def _fits(name: str, value: Any, default: Any) -> bool:
+    if isinstance(default, tuple):
+        kind = int if name in ("hidden", "batch_size") else str
+        return isinstance(value, tuple) and all(isinstance(x, kind) for x in value)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)
