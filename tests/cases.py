@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -600,6 +601,11 @@ def solved(name: str) -> tuple[Problem, Reference]:
     case = BY_NAME[name]
     problem = case.build(0)
     return problem, Reference(problem, forward_mode=case.forward_mode)
+
+
+def some(cases: list, every: int) -> list:
+    """All of them, of which the default suite runs each `every`-th."""
+    return [case if i % every == 0 else pytest.param(case, marks=pytest.mark.slow) for i, case in enumerate(cases)]
 
 
 def off(found: Tensor, expected: Tensor, scale: Tensor | float | None = None) -> float:
