@@ -8,9 +8,11 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from .batches import leaves, take, tree_map
 from .capture import Capture
@@ -76,14 +78,15 @@ class GradientGraph(ChunkGradient):
         self.losses, self.grads = losses.detach(), [g.detach() for g in grads]
         # Only gradients that vary with the parameters, and parameters that they vary with, take part in products.
         self._varying = [i for i, g in enumerate(grads) if g.requires_grad]
-        self._grads = [grads[i] for i in self._varying]
+        # Of the gradient itself nothing is kept for them, only where in the graph it is.
+        self._roots: list[Any] = [g if g.is_leaf else get_gradient_edge(g) for g in (grads[i] for i in self._varying)]
         self._params = params
 
     def products(self, parts: list[Tensor]) -> list[Tensor]:
         if not self._varying:  # the loss is linear in the parameters
             return [torch.zeros_like(p) for p in self._params]
         vectors = [parts[i] for i in self._varying]
-        found = torch.autograd.grad(self._grads, self._params, vectors, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(self._roots, self._params, vectors, retain_graph=True, allow_unused=True)
         return [torch.zeros_like(p) if h is None else h for p, h in zip(self._params, found, strict=True)]
 
 

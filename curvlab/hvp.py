@@ -178,15 +178,16 @@ class HessianProducts:
         if self._sums is not None:
             return self._sums
         L = self.objective
-        points, value, gradient = [], torch.zeros((), dtype=torch.float64, device=L.device), torch.zeros_like(self.w)
         owners, room = layers_of(L) if self._listens else None, L.memory / 4
-        with L.measuring(self.constants):
+        with L.measuring(self.constants):  # also for what is summed in place, which inference mode would not allow
+            points, value, gradient = [], torch.zeros((), dtype=torch.float64, device=L.device), torch.zeros_like(self.w)
             for i in range(len(self.chunks)):
                 point = self._at(i, owners if i < self.kept and room > 0 else None)
                 value += point.value
                 gradient = gradient.add_(point.gradient) if i else point.gradient
                 if i < self.kept:
                     points.append(point)
+                    point.grads = []  # as long as all parameters, for each chunk
                     room -= point.capture.nbytes if point.capture else 0
         self._points = points  # all of them or, after an error, none
         self._sums = value, gradient

@@ -4,9 +4,13 @@ system ends the process instead."""
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 SMALL = 2**26  # bytes, below which nobody looks
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
@@ -47,3 +51,38 @@ def require(count: int, device: torch.device, what: str, fix: str) -> None:
 def readable(count: int) -> str:
     """Bytes as text, such as "1.5 GiB"."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"
+
+
+class Allocations(TorchDispatchMode):
+    """A context that counts what operations allocate: `peak`, the most bytes at once.
+
+    Of what kernels need inside, convolutions on a CPU are counted, which lay out what they take and give once more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        given, made = _storages((args, kwargs)), _storages(found)
+        for key, storage in made.items():
+            if key not in given and key not in self._known:
+                self._known.add(key)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, key, storage.nbytes())
+        inside = 0
+        if "convolution" in str(function) and all(s.device.type == "cpu" for s in made.values()):
+            inside = sum(s.nbytes() for s in (given | made).values())
+        self.peak = max(self.peak, self.now + inside)
+        return found
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
+    found = (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return {id(storage): storage for storage in found}

@@ -16,7 +16,7 @@ Which = Literal["LA", "SA", "LM"]
 EXPLORE = 6  # rounds from a random vector before its residual says anything: in many dimensions it starts small, and
 # without them one cold search in five for k=1 and tol=1e-2 settles on the second of two close eigenvalues
 SMALL = 100  # rows of a matrix whose whole basis is held, so that no spectrum is out of reach
-ROWS = 2**16  # of vectors that are converted to float64 at once
+PARTS = 16  # in which vectors are converted to float64
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,12 @@ def eigsh(
     warm = start is not None
     explore, explored = not warm or random_columns > 0, 0
     reserve = k if (explore if verify is None else verify) and max_matvecs >= 2 * k else 0  # products that verify
-    basis = _Columns(_start_block(A, k, start, random_columns, min(max_basis, max_matvecs - reserve), generator))
-    images = _Columns(_product(A, basis.matrix))
+    block = _start_block(A, k, start, random_columns, min(max_basis, max_matvecs - reserve), generator)
+    basis, images = _Columns(block, max_basis), _Columns(_product(A, block), max_basis)
     V, AV = basis.matrix, images.matrix
     T = _symmetric(_inner(V, AV))
-    lead = AV[:, -1:] if warm and explore else AV[:, :0]  # image of the newest vector of the random one's Krylov space
+    # image of the newest vector of the random one's Krylov space
+    lead = AV[:, -1:].clone() if warm and explore else AV[:, :0]
     reported = k + 1 + guards
     matvecs, extremes = V.shape[1], (float("inf"), float("-inf"))
     while True:
@@ -183,7 +184,9 @@ def eigsh(
             keep = min(max(k + 1, max_basis // 2), V.shape[1])
             wanted = wanted[: max_basis - keep]
             V, AV = _orthonormal_again(V @ Y[:, :keep], AV @ Y[:, :keep])
-            basis, images, T = _Columns(V), _Columns(AV), _symmetric(_inner(V, AV))
+            basis.restart(V)
+            images.restart(AV)
+            T = _symmetric(_inner(V, AV))
             V, AV = basis.matrix, images.matrix
         B = orthonormalize(R[:, wanted], V, min_norm=4 * eps)
         if B.shape[1] == 0:  # the basis is invariant to rounding: nothing is left to find in it
@@ -255,7 +258,8 @@ def _unit(B: Tensor, shortest: float) -> Tensor:
 
 def _inner(V: Tensor, W: Tensor) -> Tensor:
     """Vᵀ W in float64, in parts of the rows, so that no copy of V is made: float32 sums would cost half of the digits."""
-    parts = zip(V.split(ROWS), W.split(ROWS), strict=True)
+    rows = -(-V.shape[0] // PARTS)
+    parts = zip(V.split(rows), W.split(rows), strict=True)
     return torch.stack([v.double().T @ w.double() for v, w in parts]).sum(0)
 
 
@@ -266,10 +270,16 @@ def _orthonormal_again(X: Tensor, AX: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Columns:
-    """A matrix that grows by columns in place, each contiguous; its memory doubles when it is full."""
+    """A matrix that grows by columns in place, each contiguous, up to `most` of them.
 
-    def __init__(self, first: Tensor) -> None:
-        self._rows, self._count = first.T.contiguous(), first.shape[1]
+    On a GPU its memory doubles when it is full. On a CPU, where memory is not taken before it is written to, there is room
+    for all of them at once: smaller rooms that were left would stay with the process.
+    """
+
+    def __init__(self, first: Tensor, most: int) -> None:
+        self._count, self._most = first.shape[1], most
+        self._rows = first.new_empty(most if first.device.type == "cpu" else self._count, first.shape[0])
+        self._rows[: self._count] = first.T
 
     @property
     def matrix(self) -> Tensor:
@@ -280,12 +290,17 @@ class _Columns:
         """The matrix with the columns of B after its own."""
         count = self._count + B.shape[1]
         if count > len(self._rows):
-            rows = self._rows.new_empty(max(2 * len(self._rows), count), B.shape[0])
+            rows = self._rows.new_empty(min(max(2 * len(self._rows), count), self._most), B.shape[0])
             rows[: self._count] = self._rows[: self._count]
             self._rows = rows
         self._rows[self._count : count] = B.T
         self._count = count
         return self.matrix
+
+    def restart(self, B: Tensor) -> None:
+        """The columns of B, no more than there were, in the place of its own."""
+        self._count = B.shape[1]
+        self._rows[: self._count] = B.T
 
 
 def _start_block(
