@@ -14,6 +14,7 @@ from .objective import Objective
 from .regularizers.micro_batch import MicroBatch, MicroBatches
 from .regularizers.registry import Request, checked_size, require, terms
 from .regularizers.sites import Trained, second_derivatives
+from .self_check import check_products
 
 
 class BatchGradient:
@@ -36,7 +37,8 @@ class BatchGradient:
         micro_norms: ‖∇L_M‖ of each micro-batch after a call, if they came at no cost; otherwise None.
 
     Raises:
-        ValueError: a micro-batch size below 1; a penalty that is unknown, comes twice, or does not exist for this loss.
+        ValueError: a micro-batch size below 1; a penalty that is unknown, comes twice, or does not exist for this loss, or
+            one that needs second derivatives where those of the model are wrong.
 
     Example:
         >>> import torch, curvlab as cl
@@ -62,6 +64,8 @@ class BatchGradient:
         for _, entry, _ in self.terms:
             L.ranks.require_one(f"micro-batches of the penalty {entry.name}")
             require(L, entry)
+        if not L.checked and any(not entry.first_order for _, entry, _ in self.terms):
+            check_products(L, L.params())  # the gradient of such a penalty is a product with H
         here = torch.tensor(sum(piece.size for piece in self.pieces), device=L.device)
         self.size = int(L.ranks.sum(here)[0])
         self.penalties: dict[str, float] = {}

@@ -296,7 +296,7 @@ def correct(outputs: Tensor, targets: Tensor) -> Tensor | None:
             (targets >= 0).all() and (targets.sum(1) - 1).abs().max() < 1e-4
         )
         return _hits(outputs, targets.argmax(1)) if probabilities else None
-    return _hits(outputs, targets)
+    return _hits(outputs, targets) if targets.ndim == 1 else None
 
 
 def _hits(outputs: Tensor, classes: Tensor) -> Tensor:

@@ -203,6 +203,7 @@ def test_accuracy():
     assert objective(linear(4, 1), "squared_error", (X, X[:, :1])).accuracy() is None
     assert objective(model, cl.batch_loss(lambda m, b: m(b[0]).square().sum(1))).accuracy() is None
     assert correct("text", Y) is None
+    assert correct(torch.eye(3), torch.eye(3).long()) is None  # several labels, which would be broadcast
 
 
 # -- points --------------------------------------------------------------------------------------------------------

@@ -129,6 +129,11 @@ def test_F16_only_what_the_first_gradient_lacks_counts_as_zero(last):
         cl.hessian(cl.Objective(broken.model, "cross_entropy", DATA)) @ torch.ones(idle.num_params, dtype=F64)
 
 
+def train(L: cl.Objective, penalty: str):
+    sgd = torch.optim.SGD(L.model.parameters(), lr=0.1)
+    return iter(cl.train(L, sgd, cl.Batches(9, 3, steps=1), penalties=[(0.1, penalty)]))
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_F26_once_differentiable(last):
     L = objective(OnceSine.apply, last=last)
@@ -142,6 +147,9 @@ def test_F26_once_differentiable(last):
         cl.ggn(L)
     with pytest.raises(ValueError, match="OnceSine"):
         cl.measure(L, ["loss", "sharpness"])
+    with pytest.raises(ValueError, match="OnceSine"):  # a penalty's gradient is a product with H
+        next(train(L, "gradient_norm"))
+    assert next(train(L, "gradient_norm_difference")).step == 0
     assert cl.measure(L, ["gradient_norm"])["gradient_norm"].value > 0  # right without second derivatives
     assert off(objective(OnceSine.apply, last=last, check="never")) > 0.01  # what the check spares us
     assert off(objective(Sine.apply, last=last)) < 1e-12
