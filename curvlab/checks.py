@@ -324,45 +324,18 @@ def _rewritten_attributes(L: Objective) -> None:
             )
 
 
-def no_recomputation(L: Objective) -> list[Tensor | None]:
-    """Refuse activation checkpointing: what it computes again in the backward pass, it computes at the live parameters.
-
-    Returns:
-        The gradient of the first examples by parameter, None where they do not depend on it.
-
-    Raises:
-        ValueError: naming the module that is computed again.
-    """
-    calls: list[str] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-        for name, module in L.model.named_modules()
-    ]
-    with L.measuring():
-        try:
-            params = L.leaves_at()
-            losses = L.losses(params, L.first(8))
-            forward = len(calls)
-            found: list[Tensor | None] = [None] * len(params)
-            if losses.requires_grad:
-                found = list(torch.autograd.grad(losses.sum(), params, allow_unused=True))
-        finally:
-            for hook in hooks:
-                hook.remove()
-    if len(calls) > forward:
-        raise ValueError(
-            f"{calls[forward] or 'the model'} is computed again in the backward pass (activation checkpointing), at the "
-            "live parameters instead of those measured; switch checkpointing off while measuring"
-        )
-    return found
-
-
-def dependence(L: Objective, gradient: list[Tensor | None]) -> None:
+def dependence(L: Objective) -> None:
     """Refuse a loss that depends on no parameter, and warn of the parameters that it does not depend on.
 
     Raises:
         ValueError: naming a parameter, and what may have cut it off.
     """
+    with L.measuring():
+        params = L.leaves_at()
+        losses = L.losses(params, L.first(8))
+        gradient: Any = [None] * len(params)
+        if losses.requires_grad:
+            gradient = torch.autograd.grad(losses.sum(), params, allow_unused=True)
     idle = [name for name, g in zip(L.names, gradient, strict=True) if g is None]
     if len(idle) == len(L.names):
         raise ValueError(

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import random
 import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +21,8 @@ _PRECISION: dict[str, tuple[Any, ...]] = {
     "cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),  # type: ignore[attr-defined]
     "cpu": (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn),  # type: ignore[attr-defined]
 }
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_lock = threading.RLock()  # backend flags, random states and the model are one for all threads
 _active: list[tuple[nn.Module, bool]] = []
 
 
@@ -27,9 +31,10 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
     """Run the body so that the model can be differentiated twice, and leave no trace.
 
     Inside: gradients are on, autocast, TF32 and inference mode are off, attention uses its math kernel (the only one
-    with a second derivative), weight normalization is not torch's (whose second derivative is wrong), cuDNN's recurrent
-    kernels (which have none) are off, compiled modules run eagerly, a `forward` that accelerate patched for mixed precision
-    is the original one, no parametrization is cached (it would be that of other parameters), and every module is in
+    with a second derivative), weight normalization is not torch's (whose second derivative is wrong), the recurrent kernels
+    of cuDNN and oneDNN (which have none, or no forward mode) are off, what was compiled runs eagerly, a `forward` that
+    accelerate patched for mixed precision is the original one, backward hooks of modules are set aside (they change
+    gradients, and not the loss), no parametrization is cached (it would be that of other parameters), and every module is in
     evaluation mode. With `train_mode`, modules keep their flags if the model is in training, so layers that the user froze
     stay frozen; otherwise all of them are put in training mode.
 
@@ -37,26 +42,32 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
     flags, and what a forward pass left in the modules' attributes (counters, kept outputs, what it appended to a list) are
     what they were. `.grad`, parameters and buffers are never written in the first place, because `Objective` evaluates on
     copies.
+
+    One thread measures at a time. Another one that calls the model, or asks for its `state_dict`, waits, because the
+    module holds the measured point in place of its parameters meanwhile; one that reads ``module.weight`` or
+    `named_parameters` does not wait. While another thread uses those, measure a copy of the model.
     """
-    if _active and _active[-1][0] is model and _active[-1][1] == train_mode:  # already inside
-        yield
-        return
+    with _lock:
+        if _active and _active[-1][0] is model and _active[-1][1] == train_mode:  # already inside
+            yield
+        else:
+            with _measuring(model, train_mode, device):
+                yield
+
+
+@contextlib.contextmanager
+def _measuring(model: nn.Module, train_mode: bool, device: str) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     # Some forward passes count their calls, or leave on the module what the training step reads after them: an auxiliary
     # loss, a hidden state.
     attributes = [(vars(module), dict(vars(module)), _contents(vars(module))) for module, _ in flags]
-    marks = (
-        "_orig_mod",
-        "_compiled_call_impl",
-        "_compiler_ctx",
-    )  # torch.compile(module), module.compile(), Lightning's
-    compiled = any(getattr(module, mark, None) is not None for module, _ in flags for mark in marks)
     recurrent = any(isinstance(module, nn.RNNBase) for module, _ in flags)
     patched = [state for state, *_ in attributes if {"forward", "_original_forward"} <= state.keys()]
     cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
     _active.append((model, train_mode))
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_others_wait([module for module, _ in flags]))
             stack.enter_context(random_states())
             stack.enter_context(_backend_flags(recurrent, device))
             stack.enter_context(torch.inference_mode(False))
@@ -64,13 +75,15 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
             for device_type in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             stack.enter_context(exact_weight_norm(model))
-            if compiled:
+            if "torch._dynamo" in sys.modules:  # something may be compiled: a module, its forward, a function inside
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if not (train_mode and model.training):
                 for module, _ in flags:  # not model.train(), which some models override to do more
                     module.training = train_mode
             for state in patched:  # by accelerate, for mixed precision
                 state["forward"] = state["_original_forward"]
+            for state, *_ in attributes:
+                state.update((key, OrderedDict()) for key in _BACKWARD_HOOKS if state[key])
             yield
     finally:
         _active.pop()
@@ -132,6 +145,31 @@ def full_precision(model: nn.Module, device: str) -> bool:
     """Whether the model computes now, outside of a measurement, in the precision that it is measured in."""
     patched = any("_original_forward" in vars(module) for module in model.modules())
     return not (patched or torch.is_autocast_enabled(device) or _reduced(device))
+
+
+@contextlib.contextmanager
+def _others_wait(modules: list[nn.Module]) -> Iterator[None]:
+    """Let other threads that call a module, or save it, wait until the measurement is over."""
+    measuring_thread = threading.get_ident()
+
+    def wait(module: nn.Module, *_: Any) -> None:
+        # Threads that were not started in Python are autograd's own, for which the measuring thread waits.
+        mine = threading.get_ident() == measuring_thread
+        if not mine and module in known and not isinstance(threading.current_thread(), threading._DummyThread):
+            with _lock:
+                pass
+
+    if threading.active_count() == 1:
+        yield
+        return
+    known = set(modules)  # and not the replicas that a DataParallel inside the model runs in threads of its own
+    handles = [module.register_forward_pre_hook(wait, prepend=True) for module in modules]
+    handles += [module.register_state_dict_pre_hook(wait) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -203,18 +241,22 @@ def same_random_states(a: dict[str, Any], b: dict[str, Any]) -> bool:
 @contextlib.contextmanager
 def _backend_flags(recurrent: bool, device: str) -> Iterator[None]:
     reduced = _reduced(device)
-    fastpath, cudnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.cudnn.enabled
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    libraries: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn) if recurrent else ()
+    kernels = [(library, library.enabled) for library in libraries]
     with contextlib.ExitStack() as stack:
         # The kernel selection is restored by its own context manager.
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         try:
-            torch.backends.cudnn.enabled = cudnn and not recurrent
+            for library, _ in kernels:
+                library.enabled = False
             torch.backends.mha.set_fastpath_enabled(False)
             for backend, _ in reduced:
                 backend.fp32_precision = "ieee"
             yield
         finally:
-            torch.backends.cudnn.enabled = cudnn
+            for library, enabled in kernels:
+                library.enabled = enabled
             torch.backends.mha.set_fastpath_enabled(fastpath)
             for backend, value in reduced:
                 backend.fp32_precision = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from .capture import Capture, layers_of
 from .checks import finite_point
 from .gradient_graph import CAPTURES_ON, ChunkGradient, GradientGraph, jvp_of_gradient, recordings, still_true
-from .objective import Chunk, Objective
+from .objective import Objective
 from .origins import origins
 from .self_check import check_products
 from .timing import synchronize
 
 Engine = Literal["auto", "graph", "traced", "compiled", "double_backward", "forward_over_reverse"]
 Product = Callable[[Tensor], Tensor]
+_log = logging.getLogger("curvlab")
 ENGINES: tuple[Engine, ...] = ("graph", "traced", "compiled", "double_backward", "forward_over_reverse")
 BLOCKS_ON = ("cuda",)  # devices on which several vectors at once may be faster; on a CPU they are not
 MANY = 1000  # products, from which on a recording is worth its seconds on a GPU
@@ -43,7 +45,8 @@ class HessianProducts:
       compiling.
     - ``"double_backward"``: as graph, with nothing kept: 3.1-3.7 gradients, memory of one chunk.
     - ``"forward_over_reverse"``: forward-mode derivative of the gradient (`torch.func.jvp` of `torch.func.grad`): 3-6
-      gradients, no kept graph; needs forward-mode rules, which some layers (LSTM) lack.
+      gradients, no kept graph. Where forward-mode rules are missing (`F.huber_loss`) or wrong (`padding_idx`), as the first
+      two examples show, it is ``"double_backward"``, and one line of the log says why.
     - ``"auto"``: ``"graph"``, which becomes ``"double_backward"`` chunk by chunk where memory ends; on a GPU ``"traced"``
       where 1000 products or more are expected, as in a run. `curvlab bench hvp` compares engines on one's own model.
 
@@ -86,12 +89,6 @@ class HessianProducts:
     ) -> None:
         if engine not in ("auto", *ENGINES):
             raise ValueError(f"engine is {engine!r}; expected 'auto' or one of {ENGINES}")
-        padded = [n for n, m in objective.model.named_modules() if getattr(m, "padding_idx", None) is not None]
-        if engine == "forward_over_reverse" and padded:  # its rule in PyTorch lets the padding row through
-            raise ValueError(
-                f"{padded[0]} has a padding_idx, whose forward-mode derivative is silently wrong; use engine='graph' or "
-                "'double_backward'"
-            )
         self.objective = objective
         with torch.inference_mode(False):  # a copy that can be differentiated
             self.w = objective.point(w)
@@ -118,7 +115,7 @@ class HessianProducts:
     def matmat(self, V: Tensor) -> Tensor:
         """H(w) @ V, (P, K) -> (P, K)."""
         if not self._checked:
-            forward = self._asked == "forward_over_reverse"
+            forward = self.engine == "forward_over_reverse"
             check_products(self.objective, self.w, forward=forward, constants=self.constants)
             self._checked = True
         self.objective.ranks.agree("the vectors of a product", V)
@@ -146,7 +143,9 @@ class HessianProducts:
         """Why the engine in use is the one: what was asked for, whether it could be recorded, and what fits in memory."""
         chunks = len(self.chunks)
         if self.engine in ("double_backward", "forward_over_reverse"):
-            return f"{self.engine} was asked for, and keeps nothing"
+            if self.engine == self._asked:
+                return f"{self.engine} was asked for, and keeps nothing"
+            return f"{self._asked} was asked for, but {self._lacks()}; {self.engine} keeps nothing"
         expected = f" on {self.objective.device.type} with {'many' if self._many else 'few'} products to come"
         if self._asked in ("traced", "compiled") and self.engine == "graph":
             why = f"{self._asked} was asked for, but nothing could be recorded (the log has the reason)"
@@ -179,8 +178,9 @@ class HessianProducts:
             return self._sums
         L = self.objective
         owners, room = layers_of(L) if self._listens else None, L.memory / 4
-        with L.measuring(self.constants):  # also for what is summed in place, which inference mode would not allow
-            points, value, gradient = [], torch.zeros((), dtype=torch.float64, device=L.device), torch.zeros_like(self.w)
+        with L.measuring(self.constants):  # also what is written to later, which inference mode would forbid
+            points, value = [], torch.zeros((), dtype=torch.float64, device=L.device)
+            gradient = torch.zeros_like(self.w)
             for i in range(len(self.chunks)):
                 point = self._at(i, owners if i < self.kept and room > 0 else None)
                 value += point.value
@@ -216,7 +216,7 @@ class HessianProducts:
     def _products_of_chunk(self, i: int) -> tuple[Product, Product]:
         """Products with one vector (P,), and with the rows of (K, P)."""
         if self.engine == "forward_over_reverse":
-            one = partial(self._jvp_of_gradient, self.objective.place(self.chunks[i]))
+            one = partial(jvp_of_gradient, self.objective, self.w, self.objective.place(self.chunks[i]))
             return one, torch.func.vmap(one)
         point = self._points[i] if i < self.kept else self._at(i)
         return point.product, point.products_of
@@ -232,7 +232,9 @@ class HessianProducts:
         return [h for rows in V.T.split(size) for h in several(rows)]
 
     def _chosen(self, engine: Engine) -> Engine:
-        """The engine to use: a recording where it was asked for and can be made."""
+        """The engine to use: a recording or forward mode where it was asked for and is possible."""
+        if engine == "forward_over_reverse" and self._lacks():
+            return "double_backward"
         if engine == "auto":
             engine = "traced" if self._many and self.objective.device.type in CAPTURES_ON else "graph"
         if engine not in ("traced", "compiled"):
@@ -240,6 +242,33 @@ class HessianProducts:
         L, made = self.objective, self._recordings
         possible = all(made.find(L, self.w, L.place(chunk), self.constants) for chunk in self.chunks)
         return engine if possible else "graph"
+
+    def _lacks(self) -> str | None:
+        """Why forward mode cannot be used, found once for each objective; None if it can."""
+        L = self.objective
+        if "_forward_mode_lacks" not in vars(L):
+            with L.measuring(self.constants):
+                L._forward_mode_lacks = found = self._tried()  # type: ignore[attr-defined]
+            if found:
+                _log.warning("Hessian-vector products go by double backward: %s", found)
+        return L._forward_mode_lacks  # type: ignore[attr-defined]
+
+    def _tried(self) -> str | None:
+        L = self.objective
+        padded = [name for name, m in L.model.named_modules() if getattr(m, "padding_idx", None) is not None]
+        if padded:  # its rule in PyTorch lets the padding row through
+            return f"the forward-mode derivative of {padded[0]} with its padding_idx is wrong"
+        few = L.first(2) if not L.coupled else L.place(self.chunks[0])
+        v = torch.linspace(-1, 1, L.num_params, dtype=L.dtype, device=L.device).sin()
+        try:
+            found = jvp_of_gradient(L, self.w, few, v)
+        except RuntimeError as error:  # there is no rule, or no way through torch.func
+            functions = origins(L, lambda: L.losses(L.leaves_at(self.w), few)).functions
+            through = f"does not go through {', '.join(map(str, functions))}" if functions else "fails"
+            return f"forward mode {through} ({str(error).strip().splitlines()[0]})"
+        true = GradientGraph(L, L.leaves_at(self.w), few).product(v)
+        close = (found - true).norm() <= 1e3 * torch.finfo(L.dtype).eps * true.norm()
+        return None if bool(close) else "forward mode gives other numbers than double backward"
 
     @property
     def nbytes(self) -> int:
@@ -271,19 +300,6 @@ class HessianProducts:
             self._recordings.refuse()
             self.engine = "graph"
         return GradientGraph(L, params, chunk, owners)
-
-    def _jvp_of_gradient(self, chunk: Chunk, v: Tensor) -> Tensor:
-        L = self.objective
-        try:
-            return jvp_of_gradient(L, self.w, chunk, v)
-        except (RuntimeError, NotImplementedError) as error:
-            functions = origins(L, lambda: L.losses(L.leaves_at(self.w), chunk)).functions
-            if "autograd.Function" not in str(error) or not functions:
-                raise
-            raise ValueError(
-                f"forward mode does not go through {', '.join(map(str, functions))} ({str(error).splitlines()[0]}); use "
-                "engine='graph' or 'double_backward', which need no rules for it"
-            ) from error
 
 
 def fastest_block(one: Product, several: Product, V: Tensor) -> int:

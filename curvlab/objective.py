@@ -8,7 +8,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, derivatives
 from .batches import Examples, batch_size, leaves, take, tree_map
 from .guard import functional_call, measuring, out_of_memory, seed_everything
 from .losses import Averaged, BatchLoss, Loss, convention, correct, cross_entropy, logits, reads_logits, resolve
@@ -134,6 +134,7 @@ class Objective:
         self.outcomes: dict[str, str] = {}  # of checks on first use
         self.draws = mode == "train"  # random numbers from the global generators; checked below
         self._held: dict[str, Tensor] | None = None
+        self.hooks: list[str] = []
         self._variables = checks.trainable(self.model, parameters)
         self.subset = len(self._variables) < len(checks.trainable(self.model))
         first = next(iter(self._variables.values()))
@@ -162,7 +163,10 @@ class Objective:
         checks.alike(self)
         with self.measuring():
             checks.deterministic_mean(self)
-            checks.dependence(self, checks.no_recomputation(self))
+            self.hooks = derivatives.unhindered(self)
+            if self.hooks:
+                _log.warning("measured without %s: hooks change gradients, and not the loss", ", ".join(self.hooks))
+            checks.dependence(self)
             checks.class_indices(self)
 
     # -- points ---------------------------------------------------------------------------------------------------
@@ -291,6 +295,11 @@ class Objective:
             self._held = constants if constants is not None else held
             try:
                 yield
+            except RuntimeError as error:
+                reason = derivatives.undifferentiable(self, error)
+                if reason is None:
+                    raise
+                raise ValueError(reason) from error
             finally:
                 self._held = held
 
@@ -453,10 +462,9 @@ class Objective:
         Raises:
             ValueError: a loss that is not (B,), or a forward pass that rewrites a parameter.
         """
-        self.reseed(chunk)
         state = self._state(params)
         before = _versions(state)
-        losses = functional_call(self._call, state, (chunk.batch,))
+        losses = self._evaluate(state, chunk)
         if (after := _versions(state)) != before:
             self.refuse_rewritten([name for name, old, new in zip(state, before, after, strict=True) if old != new])
         if not isinstance(losses, Tensor) or losses.shape != (chunk.size,):
@@ -474,8 +482,7 @@ class Objective:
                 "a batch_loss calls the model itself, so its outputs are unknown; pass loss as a function "
                 "(outputs, targets) -> (B,) for what needs outputs, such as the GGN"
             )
-        self.reseed(chunk)
-        return functional_call(self._call, self._state(params), (chunk.batch,), {"outputs_only": True})
+        return self._evaluate(self._state(params), chunk, outputs_only=True)
 
     def read_outputs(self, returned: Any) -> Any:
         """The outputs in what a call of the model returned: its logits, where the loss reads them."""
@@ -588,6 +595,11 @@ class Objective:
                     "not a function of it; take the rewriting out of forward, such as into the training loop"
                 )
 
+    def _evaluate(self, state: dict[str, Tensor], chunk: Chunk, **options: bool) -> Any:
+        self.reseed(chunk)
+        with derivatives.without_tensor_hooks() if self.hooks else nullcontext():
+            return functional_call(self._call, state, (chunk.batch,), options)
+
     def chunk_gradients(
         self,
         params: list[Tensor],
@@ -636,7 +648,8 @@ class Objective:
             params, chunk = self.leaves_at(), self.first(examples)
             kept = self.grads(self.losses(params, chunk).sum(), params, create_graph=True)
         own = {p.untyped_storage().data_ptr() for p in params}
-        storages = {s.data_ptr(): s.nbytes() for s in (saved.tensor.untyped_storage() for saved in alive)}
+        dense = (saved.tensor for saved in alive if saved.tensor.layout is torch.strided)
+        storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in dense)}
         del kept  # until here it held the graph
         return sum(size for pointer, size in storages.items() if pointer not in own)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import schedule
 from .batch_gradient import BatchGradient
 from .batches import Batches
+from .derivatives import hooks_on
 from .diagnostics import evaluate, parse, require
 from .diagnostics.registry import TRAINED, Request, batch_sizes, described
 from .guard import full_precision, get_random_states, random_states, set_random_states
@@ -252,7 +253,9 @@ class _Training:
         L = self.L
         if closure.terms or not isinstance(batch, Tensor) or batch.shape != (L.size,) or batch.dtype != torch.int64:
             return False
-        alike = all(p.dtype == L.dtype and p.device == L.device and not p._backward_hooks for p in L.variables())
+        alike = all(p.dtype == L.dtype and p.device == L.device for p in L.variables())
+        if L.hooks or hooks_on(L):
+            return False
         if not alike or not full_precision(L.model, L.device.type) or L.mode == "train" or L.live_difference():
             return False
         return bool((batch.sort().values == torch.arange(L.size, device=batch.device)).all())

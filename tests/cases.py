@@ -53,7 +53,7 @@ class Case:
     Attributes:
         layers: names, or beginnings of names, of the parameters that go by a layer's rule; all others are formed.
         vmap: whether vmap can form the others, and so all per-example gradients.
-        forward_mode: whether all its layers have forward-mode rules, and right ones.
+        forward_mode: whether the forward-mode rules of all its layers are right.
         piecewise_linear: in the parameters of any one layer, so tr(H) = tr(GGN).
         linear: in all parameters together, so H = GGN for squared error.
     """
@@ -379,7 +379,7 @@ def gru() -> Problem:
     return supervised(Recurrent(nn.GRU), "cross_entropy", inputs(7, 3, 2), classes(7, 2))
 
 
-@case(layers=("head.",), vmap=False, forward_mode=False)
+@case(layers=("head.",), vmap=False)
 def lstm() -> Problem:
     return supervised(Recurrent(nn.LSTM), "squared_error", inputs(7, 3, 2), classes(7, 2))
 

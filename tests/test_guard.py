@@ -190,6 +190,7 @@ def test_inside_the_guard():
             assert not torch.backends.cuda.flash_sdp_enabled()
             assert torch.backends.cuda.math_sdp_enabled()
             assert not torch.backends.cudnn.enabled
+            assert not torch.backends.mkldnn.enabled
             assert not any(module.training for module in model.modules())
             with measuring(model):  # free when already inside
                 assert not model.training

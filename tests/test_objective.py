@@ -1028,7 +1028,22 @@ REFUSALS = {
         "parameter weight is rewritten by the model's own forward pass",
         lambda: objective(RewritingData(4, 3).double()),
     ),
-    "checkpointed": (ValueError, "checkpoint", lambda: objective(Checkpointed(False))),
+    # derivatives.py
+    "checkpointed": (
+        ValueError,
+        r"body.weight is computed again in the backward pass .* block\(x\) in place of checkpoint\(block, x\)",
+        lambda: objective(Checkpointed(False)),
+    ),
+    "around_the_module": (
+        ValueError,
+        r"the loss reads the tensor of parameter weight itself.*model.get_parameter\('weight'\)",
+        lambda: objective(m := linear(), lambda z, y, own=m.weight: z.sum(1) + own.sum()),
+    ),
+    "no_second_derivative": (
+        ValueError,
+        r"1 \(Hardsigmoid\) cannot be differentiated twice by PyTorch .*; in its place write F.relu6\(x \+ 3\) / 6",
+        lambda: cl.hessian(objective(nn.Sequential(linear(), nn.Hardsigmoid()))) @ torch.ones(15, 1).double(),
+    ),
     # batches.py
     "no_batch": (ValueError, "data holds no batch", lambda: objective(data=[])),
     "index_above": (
@@ -1119,11 +1134,6 @@ REFUSALS = {
         ValueError,
         "engine is 'fast'; expected 'auto' or one of",
         lambda: cl.hessian(objective(), engine="fast"),
-    ),
-    "engine_of_padding": (
-        ValueError,
-        "padding_idx",
-        lambda: cl.hessian(solved("padded_embedding")[0].objective(), engine="forward_over_reverse"),
     ),
     "output_hessian": (
         ValueError,

@@ -38,8 +38,8 @@ OPERATORS = {
 
 
 def runs(case, name):
-    """Whether an operator of this name exists for the case: forward mode needs rules, the GGN needs outputs."""
-    return (case.forward_mode or "forward" not in name) and (case in WITH_OUTPUTS or name not in ("ggn", "fisher"))
+    """Whether an operator of this name exists for the case: the GGN needs outputs."""
+    return case in WITH_OUTPUTS or name not in ("ggn", "fisher")
 
 
 def norm(A):
@@ -336,7 +336,7 @@ def test_a_point_of_another_length_is_refused_when_the_operator_is_made(name):
 # As in DESIGN.md, lowest first: a file imports only from lower layers, or from its own folder.
 LAYERS = (
     {"measurement", "memory", "cross_entropy", "guard", "layers", "linearize", "optional", "replay", "schedule"},
-    {"timing", "unwrap", "ranks", "files"},
+    {"derivatives", "timing", "unwrap", "ranks", "files"},
     {"losses", "batches"},
     {"linalg"},
     {"checks"},
@@ -398,7 +398,7 @@ def test_imports_point_downwards(file):
 
 
 def test_the_layer_test_sees_imports():
-    below = {"checks", "batches", "guard", "losses", "memory", "ranks", "unwrap"}
+    below = {"checks", "batches", "derivatives", "guard", "losses", "memory", "ranks", "unwrap"}
     assert set(imported_units(PACKAGE / "objective.py")) == below
     assert {"linalg", "operators", "snapshot"} <= set(imported_units(PACKAGE / "diagnostics" / "interaction.py"))
 
