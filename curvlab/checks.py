@@ -207,11 +207,10 @@ def alike(L: Objective) -> None:
         return
     L.ranks.agree("weights", L.params())
     coupling = live_module(L, COUPLING)
-    if L.mode == "train" or coupling:
-        raise ValueError(
-            f"{coupling or 'the dropout masks of ' + repr(L.mode) + ' mode'} would depend on how the data are divided among "
-            f"{L.ranks.count} ranks; measure in mode='eval', with tracked statistics"
-        )
+    if coupling:
+        L.ranks.require_one(f"statistics of batches, as {coupling} has them,")
+    if L.mode == "train":
+        L.ranks.require_one("dropout masks, which are fixed by chunk,")
 
 
 def deterministic_mean(L: Objective) -> None:

@@ -365,7 +365,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 def _check_config(config: dict[str, Any]) -> None:
     """What readers take for granted."""
     training = _part(config, "training", dict) or {}
-    _part(config, "experiment", dict)
+    # What a user puts under "experiment" is the user's; who needs that of a preset looks at it.
     for key in ("optimizer", "batches", "objective"):
         _part(training, key, dict)
     _part(training, "lr", int | float)

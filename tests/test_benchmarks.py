@@ -57,6 +57,7 @@ def check_penalties(record: dict, sizes: list[int], names: set[str]) -> None:
             assert numbers[0] == numbers[1] == 1
 
 
+@pytest.mark.slow
 def test_penalties_run_and_append(tmp_path):
     folder = tmp_path / "records"
     folder.mkdir()
@@ -84,6 +85,7 @@ def test_the_table_of_benchmarks_is_the_folder():
     assert scripts == {part.split(".py")[0] for part in table.split("python benchmarks/")[1:]}
 
 
+@pytest.mark.slow
 def test_products_of_engines_and_peers_are_compared(tmp_path):
     printed = run("bench_hvp", tmp_path)
     (record,) = records(tmp_path, "bench_hvp")
@@ -135,6 +137,7 @@ def test_solvers_are_compared_along_a_trajectory(tmp_path):
     assert found[1, "curvlab tracked"]["products"]["median"] < found[1, "curvlab cold"]["products"]["median"]
 
 
+@pytest.mark.slow
 def test_memory_is_measured_against_examples_and_chunk(tmp_path):
     run("bench_memory", tmp_path)
     (record,) = records(tmp_path, "bench_memory")

@@ -220,6 +220,7 @@ def _interaction(p: Point, probes: int | None, seeds: int) -> None:
         check(found[name].__getitem__, truth[name], seeds, f"{name}, probes={probes}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("probes", [None, 4])
 @pytest.mark.parametrize("name", POINTS)
 def test_interaction_at_one_point(name, probes):
@@ -345,6 +346,7 @@ def test_expected_loss_difference_with_many_seeds(name, lr, b):
     _loss_difference(point(name), b, lr, None, 500)
 
 
+@pytest.mark.slow
 def test_four_batches_give_no_bias():
     """Four batches may all miss the few that matter: no error bar of theirs is calibrated, but the mean is right."""
     p = point("cross_entropy")
@@ -587,6 +589,7 @@ def _few_samples(loss: str, lr: float, every: int, steps: int, seeds: int) -> No
         assert_calibrated(sum(hits), len(hits), f"{name} in a run, every={every}")
 
 
+@pytest.mark.slow
 def test_few_samples_a_step():
     _few_samples("cross_entropy", 0.3, 1, 12, 8)
 

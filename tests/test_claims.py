@@ -34,7 +34,8 @@ def planted(path, *, s=None, x=None, y=None, u=None, loss=None, b=N, lr=LR, opti
     (path / "config.json").write_text(json.dumps({"training": training, "seed": seed}))
     with (path / "measurements.jsonl").open("w") as stream:
         for i in range(steps):
-            entries = {name: {"value": float(v[i]), "error": 0.0, "kind": "exact"} for name, v in columns.items()}
+            numbers = {name: None if np.isnan(v[i]) else float(v[i]) for name, v in columns.items()}
+            entries = {name: {"value": x, "error": 0.0, "kind": "exact"} for name, x in numbers.items()}
             record = {"step": i, "lr": lr if np.isscalar(lr) else float(lr[i]), "measurements": entries}
             stream.write(json.dumps(record) + "\n")
     return Run(path)

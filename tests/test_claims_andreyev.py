@@ -108,6 +108,7 @@ class TestCloser:
         assert sorted(verdict.details["runs"]) == sorted(run.path.name for run in runs)
 
 
+@pytest.mark.slow
 def test_the_control_holds_nothing(tmp_path):
     """Linear regression with label noise: instability is at 2/lr, batch sharpness where the data puts it."""
     train, _ = cl.problems.linear_regression(128, 8, seed=3)

@@ -87,6 +87,7 @@ def test_the_end_of_a_run_can_be_measured_again(main_job, capsys):
     assert "batch_size=32" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_surroundings_of_the_end_are_drawn(tmp_path, capsys):
     run = tmp_path / "run"
     main(["run", *SHORT, "--out", str(run)])
@@ -101,6 +102,7 @@ def test_the_surroundings_of_the_end_are_drawn(tmp_path, capsys):
         assert matplotlib.image.imread(run / name)[..., :3].std() > 0.05
 
 
+@pytest.mark.slow
 def test_several_batch_sizes_are_several_runs(tmp_path, capsys):
     folder = tmp_path / "iir"
     assert main(["run", "sgd-iir", "--batch-size", "4", "16", "--out", str(folder), *SHORT]) == 0
@@ -127,6 +129,7 @@ def test_every_setting_of_a_preset_is_an_option(tmp_path):
     assert run.config["training"]["probe_seed"] == 3
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_numbers(tmp_path):
     logs = []
     for name in ("a", "b"):
@@ -250,6 +253,7 @@ def test_help_answers_without_loading_torch(command, option):
     assert option in done.stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_readable_run(tmp_path):
     folder = tmp_path / "r"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -448,7 +452,7 @@ class TestWatch:
         run = Run.create(tmp_path / "r", self.CONFIG)
         (run.path / "measurements.jsonl").write_text("this\nthat\n")
         assert main(["watch", str(run.path)]) == 2
-        assert "has a line that is no JSON; it was not written by a run" in capsys.readouterr().err
+        assert "it is damaged, or not written by a run: take the line out" in capsys.readouterr().err
 
     def test_a_folder_of_runs_is_named(self, tmp_path, capsys):
         Run.create(tmp_path / "r", self.CONFIG)
@@ -545,6 +549,7 @@ def test_the_citation_states_what_the_package_does():
         assert cited[ours] == metadata["metadata"][theirs]
 
 
+@pytest.mark.slow
 def test_engines_are_timed_at_the_end_of_a_run_and_on_a_named_problem(tmp_path, capsys):
     assert main(["run", *SHORT, "--out", str(tmp_path / "r")]) == 0
     capsys.readouterr()

@@ -142,6 +142,7 @@ def test_side_by_side_is_one_by_one(batch_size, micro_batch_size, penalties):
     assert theta.sum(1).tolist() == pytest.approx([3.0] * PROBLEMS)
 
 
+@pytest.mark.slow
 def test_small_batches_and_small_micro_batches_generalize_better():
     lr, steps = 0.06, 1400
     large, small = trained(lr, steps).at_target, trained(lr, steps, batch_size=1).at_target

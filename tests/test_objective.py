@@ -1421,6 +1421,9 @@ OWN_TESTS |= {
     "budget",
     "memory",
     "docs",
+    "ranks",
+    "files",
+    "trainer",
 }
 
 

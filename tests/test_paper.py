@@ -197,6 +197,7 @@ def commands():
     return [experiment for experiment in found.values() if experiment]
 
 
+@pytest.mark.slow
 def test_what_commands_run_beyond_the_rows_starts(commands, images, tmp_path):
     plain = [e for e in commands if e.method == "sgd" and not e.penalty]
     assert {e.data for e in commands} >= {"stl10-4k", "tiny-imagenet-32k", "tiny_imagenet"}

@@ -60,6 +60,7 @@ def test_loss_difference_draws_the_line_of_eq_6(run):
     assert np.allclose(line.get_ydata(), line.get_xdata() - 1)
 
 
+@pytest.mark.slow
 def test_batch_sizes_orders_the_runs(tmp_path):
     runs = []
     for b, u in ((128, 0.9), (8, 0.3)):

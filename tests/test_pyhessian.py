@@ -490,7 +490,7 @@ REFUSALS = {
     "n_v": (ValueError, "n_v is 0; expected at least 1", lambda: refused().density(n_v=0)),
     "not_finite": (
         FloatingPointError,
-        "a product with the Hessian is not finite; .*Measure at other parameters",
+        "a product with the Hessian is not finite in parameter layer.weight; .*Measure at other parameters",
         lambda: hessian(Zero().double(), lambda o, t: o.square().sum(1).sqrt().mean(), data=(X, Y), cuda=False).trace(),
     ),
 }

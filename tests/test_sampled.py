@@ -220,6 +220,7 @@ def test_a_sample_covers_its_population(m):
         assert abs(x.mean() - truth[name]) < 4 * x.std() / math.sqrt(len(x)) + 0.03 * abs(truth[name]), name
 
 
+@pytest.mark.slow
 def test_a_sample_covers_its_population_quickly():
     hits, values, truth = _coverage(12, 60)
     assert np.mean(list(hits.values())) > 0.85

@@ -387,6 +387,7 @@ def lines_of(log):
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_continues_bit_by_bit(tmp_path):
     options = (
         "--n 64 --hidden 8 --steps 150 --batch-size 8 --diagnostics loss sharpness --seeds 0,1 --checkpoint-every 25"

@@ -219,6 +219,7 @@ train(Path({folder!r}), steps=400, resume={resume})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_a_run_killed_at_any_instant_resumes(tmp_path):
     tests = str(Path(__file__).parent)

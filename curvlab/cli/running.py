@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..command_line import run_options
 from ..problems.presets import Experiment
-from ..ranks import Ranks, started
 from ..runs import Run
 from .text import verdict_table
+
+if TYPE_CHECKING:
+    from ..ranks import Ranks
 
 
 def run_command(arguments: list[str]) -> int:
@@ -21,6 +23,8 @@ def run_command(arguments: list[str]) -> int:
     options = run_options(name, *arguments)
     if options.resume and options.out is None:
         raise ValueError("--resume goes on with a run: give its folder by --out")
+    from ..ranks import started  # not before help was asked for: it loads torch
+
     folder = options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     keep = {"checkpoint_every": options.checkpoint_every or None, "resume": options.resume}
     with started() as ranks:  # of several that torchrun starts, the first one writes and tells

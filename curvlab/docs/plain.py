@@ -31,7 +31,7 @@ def _block(block: str, width: int) -> str:
         marks, _, title = _inline(block).partition(" ")
         return f"{title}\n{('=' if len(marks) == 1 else '-') * len(title)}"
     if block.startswith("|"):
-        return _table([_cells(row) for row in block.splitlines()], width)
+        return _table([_cells(row) for row in block.splitlines() if not row.startswith("<!--")], width)
     items = re.split(r"\n(?=- )", block)
     return "\n".join(_wrapped(_inline(item), width, "  " if item.startswith("- ") else "") for item in items)
 
