@@ -236,7 +236,11 @@ def matrices_are_symmetric_and_linear(d, sampling):
         check(A @ U[:, 0], (A @ U)[:, 0], size[name], name)
 
 
-@of(problems(kinds=["linear", "linear conv", "mlp", "deep"], weighted=[False]), SAMPLING)
+@of(
+    problems(kinds=["linear", "linear conv", "mlp", "deep"], weighted=[False]),
+    SAMPLING,
+    examples=[(drawn("deep", nn.GELU, "cross_entropy", 1, 260, 3.0, False), (16, True))],  # a loss of 0
+)
 def traces_are_sums_of_eigenvalues(d, sampling):
     for name, A in matrices(d.objective(), d.w, *batch_of(sampling, d.n)).items():
         size = scales(d)[name] + float(torch.linalg.norm(D := cl.dense(A)))
@@ -252,7 +256,10 @@ def the_ggn_of_a_linear_model_with_squared_error_is_the_hessian(d):
     check(cl.ggn(L, d.w) @ d.V, cl.hessian(L, d.w) @ d.V, scales(d)["ggn"])
 
 
-@of(problems(losses=["cross_entropy", "squared_error", "binary_cross_entropy"]))
+@of(
+    problems(losses=NAMED),
+    examples=[(drawn("layer norm", nn.Tanh, "cross_entropy", 1, 1, 3.0, True),)],  # a loss of 7e-12
+)
 def the_fisher_is_the_ggn_and_neither_is_negative(d):
     L, size = d.objective(), scales(d)["ggn"]
     product = cl.ggn(L, d.w) @ d.V
