@@ -189,7 +189,7 @@ def grid(
     """A markdown table of results by two of their keys."""
     cells = {(row[row_key], row[column_key]): cell(row) for row in found["results"]}
     names = [name for name in dict.fromkeys(row[row_key] for row in found["results"]) if keep(name)]
-    lines = [["estimator", *heads.values()], ["---"] * (1 + len(heads))]
+    lines = [["", *heads.values()], ["---"] * (1 + len(heads))]
     lines += [[name, *(cells.get((name, column), "-") for column in heads)] for name in names]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -34,25 +34,31 @@ _INSTEAD = {
 }
 
 
-def unhindered(L: Objective) -> list[str]:
-    """Refuse what would compute derivatives at other parameters than those given; the hooks that change gradients, by name.
+def unhindered(L: Objective) -> tuple[list[Tensor | None], list[str]]:
+    """Refuse what would compute derivatives at other parameters than those given.
 
-    Costs a gradient of two examples. Hooks are no part of the loss, so measuring does without them: those of parameters stay
-    with the live ones, those of modules are set aside (`curvlab.guard`), and those that a forward pass puts on tensors are
-    ignored (`without_tensor_hooks`).
+    Costs a gradient of eight examples. Hooks are no part of the loss, so measuring does without them: those of parameters
+    stay with the live ones, those of modules are set aside (`curvlab.guard`), and those that a forward pass puts on tensors
+    are ignored (`without_tensor_hooks`).
+
+    Returns:
+        The gradient of the first examples by parameter, None where they do not depend on it; and the hooks that a
+        forward pass puts on tensors, by name.
 
     Raises:
         ValueError: activation checkpointing, or another way round the parameters; the message names the parameter.
     """
     live = {id(p): name for name, p in zip(L.names, L.variables(), strict=True)}
     with L.measuring():
-        params, chunk = L.leaves_at(), L.first(2)
+        params, chunk = L.leaves_at(), L.first(8)
+        found: list[Tensor | None] = [None] * len(params)
         with _running(L) as running, _Forward(live) as forward:
             forward.where = lambda: _named(L, running[-1]) if running else "the loss"
             value = L.losses(params, chunk).sum()
         with _Backward(live) as backward:
             try:
-                L.grads(value, params)
+                if value.requires_grad:
+                    found = list(torch.autograd.grad(value, params, allow_unused=True))
             except RuntimeError as error:
                 if "use_reentrant=True" not in str(error):
                     raise
@@ -68,7 +74,8 @@ def unhindered(L: Objective) -> list[str]:
             "instead of those measured; switch checkpointing off while measuring: model.gradient_checkpointing_disable() of "
             "transformers, or block(x) in place of checkpoint(block, x)"
         )
-    return hooks_on(L) + [f"a tensor hook in the forward pass of {where}" for where in dict.fromkeys(forward.hooked)]
+    on_tensors = [f"a tensor hook in the forward pass of {where}" for where in dict.fromkeys(forward.hooked)]
+    return found, on_tensors
 
 
 def hooks_on(L: Objective) -> list[str]:

@@ -31,12 +31,12 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
     """Run the body so that the model can be differentiated twice, and leave no trace.
 
     Inside: gradients are on, autocast, TF32 and inference mode are off, attention uses its math kernel (the only one
-    with a second derivative), weight normalization is not torch's (whose second derivative is wrong), the recurrent kernels
-    of cuDNN and oneDNN (which have none, or no forward mode) are off, what was compiled runs eagerly, a `forward` that
-    accelerate patched for mixed precision is the original one, backward hooks of modules are set aside (they change
-    gradients, and not the loss), no parametrization is cached (it would be that of other parameters), and every module is in
-    evaluation mode. With `train_mode`, modules keep their flags if the model is in training, so layers that the user froze
-    stay frozen; otherwise all of them are put in training mode.
+    with a second derivative), weight normalization is not torch's (whose second derivative is wrong), the recurrent
+    kernels of cuDNN and oneDNN (which have none, or no forward mode) are off, what was compiled runs eagerly, a `forward`
+    that accelerate patched for mixed precision is the original one, backward hooks of modules are set aside (they change
+    gradients, and not the loss), no parametrization is cached (it would be that of other parameters), and every module is
+    in evaluation mode. With `train_mode`, modules keep their flags if the model is in training, so layers that the user
+    froze stay frozen; otherwise all of them are put in training mode.
 
     Afterwards, also after an exception: train/eval flags, the random states of Python, numpy, torch and CUDA, the backend
     flags, and what a forward pass left in the modules' attributes (counters, kept outputs, what it appended to a list) are

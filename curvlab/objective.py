@@ -8,7 +8,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -161,13 +161,15 @@ class Objective:
         self.population_size = checks.population(population_size, self.size, self.weights is not None)
         self.given_chunk_size = chunk_size
         checks.alike(self)
+        hooks = derivatives.hooks_on(self)  # which measuring sets aside
         with self.measuring():
             checks.deterministic_mean(self)
-            self.hooks = derivatives.unhindered(self)
-            if self.hooks:
-                _log.warning("measured without %s: hooks change gradients, and not the loss", ", ".join(self.hooks))
-            checks.dependence(self)
+            gradient, on_tensors = derivatives.unhindered(self)
+            checks.dependence(self, gradient)
             checks.class_indices(self)
+        self.hooks = hooks + on_tensors
+        if self.hooks:
+            _log.warning("measured without %s: hooks change gradients, and not the loss", ", ".join(self.hooks))
 
     # -- points ---------------------------------------------------------------------------------------------------
 
@@ -462,9 +464,11 @@ class Objective:
         Raises:
             ValueError: a loss that is not (B,), or a forward pass that rewrites a parameter.
         """
+        self.reseed(chunk)
         state = self._state(params)
         before = _versions(state)
-        losses = self._evaluate(state, chunk)
+        with self._without_hooks():
+            losses = functional_call(self._call, state, (chunk.batch,))
         if (after := _versions(state)) != before:
             self.refuse_rewritten([name for name, old, new in zip(state, before, after, strict=True) if old != new])
         if not isinstance(losses, Tensor) or losses.shape != (chunk.size,):
@@ -482,7 +486,9 @@ class Objective:
                 "a batch_loss calls the model itself, so its outputs are unknown; pass loss as a function "
                 "(outputs, targets) -> (B,) for what needs outputs, such as the GGN"
             )
-        return self._evaluate(self._state(params), chunk, outputs_only=True)
+        self.reseed(chunk)
+        with self._without_hooks():
+            return functional_call(self._call, self._state(params), (chunk.batch,), {"outputs_only": True})
 
     def read_outputs(self, returned: Any) -> Any:
         """The outputs in what a call of the model returned: its logits, where the loss reads them."""
@@ -576,6 +582,9 @@ class Objective:
         buffers = {name for name, _ in self._call.named_buffers()}  # a forward pass may write to them
         return state | {n: t.clone() if n in buffers else t for n, t in self._held.items()}
 
+    def _without_hooks(self) -> AbstractContextManager:
+        return derivatives.without_tensor_hooks() if self.hooks else nullcontext()
+
     def reseed(self, chunk: Chunk) -> None:
         """The same random numbers at every evaluation of a chunk; the guard restores the generators."""
         if self.draws:
@@ -594,11 +603,6 @@ class Objective:
                     f"parameter {name.removeprefix('model.')} is rewritten by the model's own forward pass, so the loss is "
                     "not a function of it; take the rewriting out of forward, such as into the training loop"
                 )
-
-    def _evaluate(self, state: dict[str, Tensor], chunk: Chunk, **options: bool) -> Any:
-        self.reseed(chunk)
-        with derivatives.without_tensor_hooks() if self.hooks else nullcontext():
-            return functional_call(self._call, state, (chunk.batch,), options)
 
     def chunk_gradients(
         self,

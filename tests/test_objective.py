@@ -1371,12 +1371,6 @@ REFUSALS = {
         lambda: train(batches=cl.Batches(24, 4, 1)),
     ),
     "check": (ValueError, "check is .sometimes.; expected .first., .always. or", lambda: objective(check="sometimes")),
-    "forward_mode_of_a_function": (
-        ValueError,
-        "forward mode does not go through Doubled in the loss .*setup_context.*use engine='graph'",
-        lambda: cl.hessian(objective(loss=lambda z, y: Doubled.apply(z).square().sum(1)), engine="forward_over_reverse")
-        @ objective().params(),
-    ),
     "train_needs_test": (ValueError, "test_loss needs test", lambda: train(diagnostics=["test_loss"])),
 }
 

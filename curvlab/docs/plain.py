@@ -23,7 +23,8 @@ def _blocks(markdown: str) -> list[str]:
 def _block(block: str, width: int) -> str:
     if block.startswith("```"):
         return textwrap.indent("\n".join(block.splitlines()[1:-1]), "    ")
-    if block.startswith("<!--"):
+    block = "\n".join(line for line in block.splitlines() if not line.startswith("<!--"))
+    if not block:
         return ""
     if block.startswith("    "):
         return block
@@ -31,7 +32,7 @@ def _block(block: str, width: int) -> str:
         marks, _, title = _inline(block).partition(" ")
         return f"{title}\n{('=' if len(marks) == 1 else '-') * len(title)}"
     if block.startswith("|"):
-        return _table([_cells(row) for row in block.splitlines() if not row.startswith("<!--")], width)
+        return _table([_cells(row) for row in block.splitlines()], width)
     items = re.split(r"\n(?=- )", block)
     return "\n".join(_wrapped(_inline(item), width, "  " if item.startswith("- ") else "") for item in items)
 
