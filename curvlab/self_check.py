@@ -170,8 +170,9 @@ def _by_gradients(at: _Point) -> str:
         if not math.isfinite(off) or not math.isfinite(gap):
             return ""
         size = max(float(product.norm()), float(near.change.norm()))
-        bent = off > TOLERANCE * size + _ROUNDING * near.size
-        # A loss that is almost zero may be what is left of outputs that are not: it is rounded as they are.
+        # Losses and gradients that are almost zero may be what is left of numbers that are not, as in a network that is
+        # certain of its classes: they are rounded as those are, in steps that both differences meet.
+        bent = off > TOLERANCE * size + _ROUNDING * (1 + near.size)
         tilted = gap > 10 * TOLERANCE * max(abs(near.slope), abs(near.along)) + _ROUNDING * (1 + near.value)
         if not bent and not tilted:
             return "ok"
