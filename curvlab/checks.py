@@ -35,8 +35,8 @@ def trainable(model: nn.Module, which: Which | None = None) -> dict[str, Tensor]
         which: names of parameters or modules, or patterns such as ``"blocks.*.weight"``; or a function of (name, parameter).
 
     Raises:
-        ValueError: there are none, a lazy one has no shape yet, gradients are sparse, an embedding rewrites its table, or
-            two parameters share memory.
+        ValueError: there are none, a lazy one has no shape yet, gradients are sparse or scaled by counts, an embedding
+            rewrites its table, or two parameters share memory.
     """
     named = [*model.named_parameters(), *model.named_buffers()]
     lazy = [name for name, p in named if nn.parameter.is_lazy(p)]
@@ -47,6 +47,12 @@ def trainable(model: nn.Module, which: Which | None = None) -> dict[str, Tensor]
         raise ValueError(
             f"module {rewriting[0]} has max_norm={model.get_submodule(rewriting[0]).max_norm}, by which the forward pass "
             f"rewrites its weight; measure with model.{rewriting[0]}.max_norm = None"
+        )
+    scaling = [name for name, m in model.named_modules() if getattr(m, "scale_grad_by_freq", False)]
+    if scaling:
+        raise ValueError(
+            f"module {scaling[0]} has scale_grad_by_freq=True, which divides gradients by counts in the batch, so that they "
+            f"are those of no loss; measure with model.{scaling[0]}.scale_grad_by_freq = False"
         )
     sparse = [name for name, m in model.named_modules() if getattr(m, "sparse", False)]
     if sparse:

@@ -935,6 +935,11 @@ REFUSALS = {
         "module 0 has max_norm=9.0, by which the forward pass rewrites its weight; measure with model.0.max_norm = None",
         lambda: objective(nn.Sequential(nn.Embedding(3, 3, max_norm=9.0)).double(), data=(Y, Y)),
     ),
+    "scale_grad_by_freq": (
+        ValueError,
+        "module 0 has scale_grad_by_freq=True.*measure with model.0.scale_grad_by_freq = False",
+        lambda: objective(nn.Sequential(nn.Embedding(3, 3, scale_grad_by_freq=True)).double(), data=(Y, Y)),
+    ),
     "shared_memory": (ValueError, "parameters 0.weight and 2.weight share memory without being", shared_memory),
     "counting": (ValueError, "changes its attribute calls in place.*register_buffer", lambda: objective(Counting())),
     "spectral_norm_in_training": (

@@ -518,6 +518,10 @@ def test_F11_batch_mixing(head):
         return -(z @ z.T).log_softmax(1).diagonal()
 
     names_and_fixes(fix, lambda: objective(mlp(), DATA, cl.batch_loss(contrastive)))
+    table = nn.Sequential(nn.Embedding(9, 3, scale_grad_by_freq=True)).double()  # mixes gradients, not losses
+    names_and_fixes(
+        "module 0 has scale_grad_by_freq=True.*model.0.scale_grad_by_freq = False", lambda: objective(table, (Y, Y))
+    )
 
 
 def test_F12_what_optimizers_add_is_no_part_of_the_loss(tmp_path):
