@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from .points import Point, heading, of_model, of_run, one_source
+from .points import Point, Settings, Source, ask, heading, of_model, of_run, one_source
 from .text import table
 
 if TYPE_CHECKING:
@@ -18,11 +18,8 @@ if TYPE_CHECKING:
 
 def bench_command(arguments: list[str]) -> int:
     def options(
-        run: Annotated[Path | None, tyro.conf.Positional] = None,
-        model: str = "",
-        data: str = "",
-        checkpoint: Path | None = None,
-        loss: str = "",
+        source: tyro.conf.OmitArgPrefixes[Source],
+        settings: tyro.conf.OmitArgPrefixes[Settings],
         problem: str = "",
         n: int | None = None,
         engines: tuple[str, ...] = (),
@@ -30,15 +27,8 @@ def bench_command(arguments: list[str]) -> int:
         products: int = 20,
         points: int = 1,
         rounds: int | None = None,
-        seed: int = 0,
         json: bool = False,
         figure: Path | None = None,
-        parameters: tuple[str, ...] = (),
-        population_size: int | None = None,
-        device: str | None = None,
-        dtype: Literal["float32", "float64"] | None = None,
-        chunk_size: int | None = None,
-        memory: str | None = None,
     ) -> dict[str, Any]:
         """Time Hessian-vector products by every engine, and say which one to take.
 
@@ -46,11 +36,6 @@ def bench_command(arguments: list[str]) -> int:
         times are of the process, which others on the machine disturb little; otherwise they are by the clock.
 
         Args:
-            run: Folder of a run that `curvlab run` made; its end is measured.
-            model: Instead of a run: package.module:make_model, as for `curvlab measure`.
-            data: With --model: package.module:make_data.
-            checkpoint: With --model: a file of torch.save.
-            loss: With --model: cross_entropy (the default), another name, or package.module:loss.
             problem: Instead of a run or a model: mlp, mlp_300k, cnn6, resnet18, gpt or vit, with a few examples.
             n: With --problem: how many examples.
             engines: Which engines; default all that need no compiling.
@@ -58,21 +43,14 @@ def bench_command(arguments: list[str]) -> int:
             products: How many products at each point the recommendation is for.
             points: At how many points, such as the measured steps of a run.
             rounds: How often everything is repeated; default as often as half a minute allows, 3 to 30 times.
-            seed: Of what the functions draw.
             json: Print JSON.
             figure: Draw bars to this file.
-            parameters: With --model: names or patterns of the parameters; default all.
-            population_size: With --model: no effect on speed.
-            device: With --model or --problem: where to measure; default where the model is.
-            dtype: With --model or --problem: precision; default that of the model.
-            chunk_size: With --model or --problem: examples evaluated at once; default what fits in memory.
-            memory: With --model or --problem: budget for kept graphs, such as 2GiB.
         """
         return locals()
 
     if arguments[:1] != ["hvp"] and not {"-h", "--help"} & set(arguments):
         raise ValueError("bench measures hvp, Hessian-vector products: curvlab bench hvp --problem mlp")
-    asked = tyro.cli(options, args=arguments[arguments[:1] == ["hvp"] :], prog="curvlab bench hvp")
+    asked = ask(options, arguments[arguments[:1] == ["hvp"] :], "bench hvp")
     at = _point(asked)
     from ..throughput import EAGER, recommended, throughput
 

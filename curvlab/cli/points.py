@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,55 +35,84 @@ class Point:
     test: Objective | None = None
 
 
+@dataclass(frozen=True)
+class Source:
+    """The end of a run that `curvlab run` made, or a model of one's own.
+
+    Attributes:
+        run: Folder of the run.
+        model: Instead of a run: package.module:make_model, a function that returns the nn.Module, or the module itself.
+            The current directory is importable.
+        data: With --model: package.module:make_data, a function that returns (inputs, targets), a Dataset, a DataLoader,
+            or a list of batches; or one of these.
+        checkpoint: With --model: a state dict that torch.save wrote, also inside a training checkpoint; or final.pt of
+            a run of curvlab.train. Default: the parameters that the model has.
+        loss: With --model: cross_entropy (the default), squared_error, binary_cross_entropy, token, next_token, or
+            package.module:loss, such as torch.nn:CrossEntropyLoss.
+        seed: Of the random probes, and with --model of what the functions draw.
+        parameters: With --model: names or patterns of the parameters that are measured, such as 'head.*'; default all.
+    """
+
+    run: Annotated[Path | None, tyro.conf.Positional] = None
+    model: str = ""
+    data: str = ""
+    checkpoint: Path | None = None
+    loss: str = ""
+    seed: int = 0
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model that is no run is measured.
+
+    Attributes:
+        population_size: With --model: how many examples training has, where the data are a sample of them.
+        device: Where to measure; default where the model is.
+        dtype: Precision of measuring; default that of the model.
+        chunk_size: Examples evaluated at once; default what fits in memory.
+        memory: Budget for kept graphs, such as 2GiB.
+    """
+
+    population_size: int | None = None
+    device: str | None = None
+    dtype: Literal["float32", "float64"] | None = None
+    chunk_size: int | None = None
+    memory: str | None = None
+
+
+def ask(options: Callable[..., dict[str, Any]], arguments: list[str], command: str) -> dict[str, Any]:
+    """What a command was asked for, by name; those of `Source` and `Settings` among the others."""
+    asked = tyro.cli(options, args=arguments, prog=f"curvlab {command}")
+    groups = [name for name, value in asked.items() if isinstance(value, Source | Settings)]
+    for name in groups:
+        asked |= vars(asked.pop(name))
+    return asked
+
+
 def measure_command(arguments: list[str]) -> int:
     def options(
-        run: Annotated[Path | None, tyro.conf.Positional] = None,
-        model: str = "",
-        data: str = "",
-        checkpoint: Path | None = None,
-        loss: str = "",
+        source: tyro.conf.OmitArgPrefixes[Source],
+        settings: tyro.conf.OmitArgPrefixes[Settings],
         diagnostics: tuple[str, ...] = (),
         batch_size: tuple[int, ...] = (),
         lr: float | None = None,
-        seed: int = 0,
         json: bool = False,
         figure: Path | None = None,
-        parameters: tuple[str, ...] = (),
-        population_size: int | None = None,
-        device: str | None = None,
-        dtype: Literal["float32", "float64"] | None = None,
-        chunk_size: int | None = None,
-        memory: str | None = None,
     ) -> dict[str, Any]:
         """Measure the final point of a run that `curvlab run` made, or a model of one's own.
 
         Args:
-            run: Folder of the run.
-            model: Instead of a run: package.module:make_model, a function that returns the nn.Module, or the module itself.
-                The current directory is importable.
-            data: With --model: package.module:make_data, a function that returns (inputs, targets), a Dataset, a DataLoader,
-                or a list of batches; or one of these.
-            checkpoint: With --model: a state dict that torch.save wrote, also inside a training checkpoint; or final.pt of
-                a run of curvlab.train. Default: the parameters that the model has.
-            loss: With --model: cross_entropy (the default), squared_error, binary_cross_entropy, token, next_token, or
-                package.module:loss, such as torch.nn:CrossEntropyLoss.
             diagnostics: What to measure (see `curvlab list`); default loss, gradient_norm, sharpness, and where b is known
                 interaction_sharpness and instability.
             batch_size: b of S_b; several give a curve; default that of the run.
             lr: Learning rate, for what depends on a step; default that of the run.
-            seed: Of the random probes, and with --model of what the functions draw.
             json: Print JSON.
             figure: Draw what has an axis (spectra, layers, curves) to this file.
-            parameters: With --model: names or patterns of the parameters that are measured, such as 'head.*'; default all.
-            population_size: With --model: how many examples training has, where the data are a sample of them.
-            device: With --model: where to measure; default where the model is.
-            dtype: With --model: precision of measuring; default that of the model.
-            chunk_size: With --model: examples evaluated at once; default what fits in memory.
-            memory: With --model: budget for kept graphs, such as 2GiB.
         """
         return locals()
 
-    asked = tyro.cli(options, args=arguments, prog="curvlab measure")
+    asked = ask(options, arguments, "measure")
     one_source(asked)
     from ..point import measure
 
@@ -117,7 +147,8 @@ def one_source(asked: dict[str, Any], command: str = "measure") -> None:
         )
     if asked["model"] and not asked["data"]:
         raise ValueError(f"--model {asked['model']} needs data: add --data package.module:make_data")
-    odd = [name for name in ("data", "loss", "checkpoint", *OWN) if asked["run"] and asked[name] not in (None, "", ())]
+    own = ("data", "loss", "checkpoint", *OWN)
+    odd = [name for name in own if asked["run"] and asked.get(name) not in (None, "", ())]
     if odd:
         listing = ", ".join(f"--{name.replace('_', '-')}" for name in odd)
         raise ValueError(f"{listing}: settings of a model of one's own (--model); a run states its own, leave them out")
@@ -138,7 +169,7 @@ def of_model(asked: dict[str, Any]) -> Point:
     """The model, data, loss and settings that were asked for."""
     from .own import objective
 
-    given = {name: asked[name] for name in OWN if asked[name] not in (None, ())}
+    given = {name: asked[name] for name in OWN if asked.get(name) not in (None, ())}
     L, step = objective(
         asked["model"],
         asked["data"],

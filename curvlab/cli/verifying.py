@@ -2,51 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
-from .points import heading, of_model, of_run, one_source
+from .points import Source, ask, heading, of_model, of_run, one_source
 
 
 def verify_command(arguments: list[str]) -> int:
     def options(
-        run: Annotated[Path | None, tyro.conf.Positional] = None,
-        model: str = "",
-        data: str = "",
-        checkpoint: Path | None = None,
-        loss: str = "",
+        source: tyro.conf.OmitArgPrefixes[Source],
         diagnostics: tuple[str, ...] = (),
         examples: int = 7,
         batch_size: int = 2,
         lr: float | None = None,
         max_parameters: int = 300,
-        seed: int = 0,
-        parameters: tuple[str, ...] = (),
     ) -> dict[str, Any]:
         """Compare what curvlab measures with dense references, on a copy in float64 with a few examples.
 
         The exit status is 1 if a number is wrong.
 
         Args:
-            run: Folder of a run that `curvlab run` made; its end is verified.
-            model: Instead of a run: package.module:make_model, as for `curvlab measure`.
-            data: With --model: package.module:make_data.
-            checkpoint: With --model: a file of torch.save.
-            loss: With --model: cross_entropy (the default), another name, or package.module:loss.
             diagnostics: Which quantities; default all.
             examples: How many of the data.
             batch_size: b of S_b.
             lr: Learning rate of a step; default half of 1/lambda_max.
             max_parameters: For dense matrices; of a larger model whole tensors are taken, the smallest first.
-            seed: Of the random probes, and with --model of what the functions draw.
-            parameters: With --model: names or patterns of the parameters; default all.
         """
         return locals()
 
-    asked = tyro.cli(options, args=arguments, prog="curvlab verify")
-    asked |= dict.fromkeys(("population_size", "device", "dtype", "chunk_size", "memory"))
+    asked = ask(options, arguments, "verify")
     one_source(asked, "verify")
     from ..verification import verified
 
