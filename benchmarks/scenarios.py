@@ -450,29 +450,6 @@ def _changed_between(change: Callable[[nn.Module], None]) -> Case:
     return case
 
 
-class OnceSquare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * g
-
-
-class DetachedSquare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.x = x.detach().clone()
-        return x.square()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return 2 * ctx.x * g
-
-
 class OldSquare(torch.autograd.Function):
     """Right, in the style of before torch.func."""
 
@@ -484,6 +461,23 @@ class OldSquare(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         return 2 * ctx.saved_tensors[0] * g
+
+
+class OnceSquare(OldSquare):
+    """Its backward pass is a constant to autograd."""
+
+    backward = staticmethod(torch.autograd.function.once_differentiable(OldSquare.backward))
+
+
+class DetachedSquare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.x = x.detach().clone()
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.x * g
 
 
 class NewSquare(torch.autograd.Function):

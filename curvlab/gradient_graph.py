@@ -145,8 +145,8 @@ class CapturedGradient(ChunkGradient):
         self._hold()
         self.losses, *self.grads = [value.clone() for value in captured.first.outputs[0]]
 
-    def product(self, v: Tensor) -> Tensor:
-        return self.objective.join(self._second(self.objective.split(v.contiguous())))
+    def products(self, parts: list[Tensor]) -> list[Tensor]:
+        return self._second(parts)
 
     def products_of(self, rows: Tensor) -> Tensor:
         L, count = self.objective, len(rows)

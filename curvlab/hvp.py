@@ -195,7 +195,7 @@ class HessianProducts:
 
     def _product(self, V: Tensor) -> Tensor:
         L = self.objective
-        now = self._fingerprint()
+        now = self._fingerprint() if self._frozen else {}
         for name, before in self._frozen.items():
             if now[name] != before:
                 raise RuntimeError(

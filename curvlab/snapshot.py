@@ -97,8 +97,9 @@ class Snapshot:
 
     def anew(self, **changes: Any) -> Snapshot:
         """The same point, with some fields changed, of which nothing is computed yet."""
-        empty: dict[str, Any] = {"measurements": {}, "alone": {}, "_shared": {}, "_prices": {"": 0.0}, "_asked": set()}
-        empty["known"] = None
+        empty: dict[str, Any] = {
+            "known": None, "measurements": {}, "alone": {}, "_shared": {}, "_prices": {"": 0.0}, "_asked": set(),
+        }  # fmt: skip
         return replace(self, **{**empty, "_count": [0], **changes})
 
     def spared(self) -> float:

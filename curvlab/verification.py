@@ -140,12 +140,12 @@ def verified(
     whole: Objective,
     w: Tensor | None = None,
     *,
-    diagnostics: Iterable[str] | None = None,
-    examples: int = 7,
-    batch_size: int = 2,
-    lr: float | None = None,
-    max_parameters: int = 300,
-    seed: int = 0,
+    diagnostics: Iterable[str] | None,
+    examples: int,
+    batch_size: int,
+    lr: float | None,
+    max_parameters: int,
+    seed: int,
 ) -> Verification:
     """The same of an objective at a point w, (P,); default the model's current parameters."""
     plan = parse(DIAGNOSTICS if diagnostics is None else diagnostics)

@@ -26,6 +26,7 @@ import curvlab as cl
 from curvlab import references
 from curvlab.diagnostics import DIAGNOSTICS, interaction, noise, registry, spectrum, values
 from curvlab.references import DEFINITIONS
+from curvlab.verification import TWO_POINTS
 
 F64 = torch.float64
 
@@ -64,7 +65,6 @@ class Dense(references.Dense):
 
 ELSEWHERE = {"hessian_density"}  # a function, in a test of its own
 
-TWO_POINTS = ("secant_sharpness", "gradient_cosine", "batch_gradient_cosine")
 
 
 @cache

@@ -29,6 +29,7 @@ from curvlab.diagnostics import DIAGNOSTICS, evaluate, parse
 from curvlab.losses import BatchLoss
 from curvlab.per_example import ExampleGradients
 from curvlab.references import DEFINITIONS, Dense, accurate
+from curvlab.verification import TWO_POINTS
 
 MODELS = [
     "mlp_tanh_cross_entropy", "mlp_relu_squared_error", "mlp_gelu_cross_entropy", "linear", "several_labels", "weighted",
@@ -40,7 +41,6 @@ TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 2e-6}  # bfloat16 mo
 MATVECS = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 1e-6}  # residuals at which solvers stop
 NO_EXACT_MODE = {"expected_loss_difference", "layer_hessian_trace", "hessian_density"}
 NO_EXACT_MODE |= {"fisher_trace_penalty", "sampled_gradient_norm_penalty", "unit_jacobian_penalty"}  # which draw
-TWO_POINTS = ("secant_sharpness", "gradient_cosine", "batch_gradient_cosine")
 LR, B = 0.3, 1
 
 
