@@ -268,7 +268,7 @@ def read_tensors(file: Path, device: str | None = "cpu") -> Any:
         try:
             _audit(stream)
         except Exception as error:  # whatever it takes to read a damaged archive or pickle
-            why = printable(str(error) or type(error).__name__)
+            why = printable(str(error) or type(error).__name__)[:300]
             raise ValueError(
                 f"{file} is damaged, or was not written by torch.save ({why}); save it, or run, again"
             ) from None
@@ -281,7 +281,7 @@ def read_tensors(file: Path, device: str | None = "cpu") -> Any:
                 "state dict alone: torch.save(model.state_dict(), 'weights.pt')"
             ) from None
         except Exception as error:  # as above
-            why = printable(str(error)).partition("\n")[0]
+            why = printable(str(error)).partition("\n")[0][:300]
             raise ValueError(f"{file} cannot be read ({why}); save it, or run, again") from None
 
 

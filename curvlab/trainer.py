@@ -23,6 +23,7 @@ from .batches import Batches
 from .derivatives import hooks_on
 from .diagnostics import evaluate, parse, require
 from .diagnostics.registry import TRAINED, Request, batch_sizes, described
+from .files import printable
 from .guard import full_precision, get_random_states, random_states, set_random_states
 from .hvp import Engine
 from .linalg.probes import generator
@@ -340,11 +341,12 @@ class _Training:
         except Exception as error:  # what lies in the folder may be anything
             if self.log is not None:
                 self.log.close()
-            if isinstance(error, ValueError):
-                raise
+            if isinstance(error, ValueError) and self.log is not None and str(self.log.path) in str(error):
+                raise  # it names the file
+            why = printable(f"{type(error).__name__}: {error}")[:1000]
             where = "" if self.log is None else f" in {self.log.path}"
             raise ValueError(
-                f"{' and '.join(CHECKPOINTS)}.pt{where} do not fit this training ({type(error).__name__}: {error}); "
+                f"{' and '.join(CHECKPOINTS)}.pt{where} do not fit this training ({why}); "
                 "make the model, optimizer and scheduler of the run, or delete both files to start again"
             ) from error
 
@@ -368,7 +370,11 @@ class _Training:
                 set_random_states(state["beginning"])
                 set_random_states(state["random"])
             self.L.module.load_state_dict(state["model"])
+            keys = [set(group) for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
+            for before, group in zip(keys, self.optimizer.param_groups, strict=True):
+                if lacking := before - set(group):  # torch does not look, and the step would fail
+                    raise TypeError(f"the optimizer's state lacks {', '.join(sorted(lacking))}")
             if self.scheduler is not None:
                 self.scheduler.load_state_dict(state["scheduler"])
             self.carry.update(state["carry"])

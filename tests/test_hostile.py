@@ -400,6 +400,8 @@ FOREIGN = {
     "with text for a size": lambda state: state.update(log_size="all"),
     "with nothing for random states": lambda state: state.update(random=None),
     "with a list for a state": lambda state: state.update(model=[1, 2]),
+    "without a setting of the optimizer": lambda state: state["optimizer"]["param_groups"][0].pop("momentum"),
+    "with a long text for a step": lambda state: state.update(step="\x1b[2J" * 10**5),
 }
 
 
@@ -413,6 +415,7 @@ def test_checkpoints_of_something_else(copied, case):
     text = read_or_refused(lambda: train(copied, resume=True), copied, str(copied))
     assert "final and checkpoint.pt" in text
     assert "delete both files to start again" in text
+    assert len(text) < 3000
     assert (copied / runs.LOG).read_bytes() == log
     with Path(copied / files.LOCK).open() as lock:
         assert lock.read() == ""  # it can be resumed at once

@@ -1,14 +1,20 @@
 """What happens where memory ends: fewer examples at once, and the same numbers.
 
-Compared with a reference: everything with the same objective in ample memory. The end of memory is played: a forward pass of
-more than so many examples raises what the allocators raise.
+Compared with a reference: numbers with the same objective in ample memory, announced peaks with the resident memory of fresh
+processes. The end of memory is played, by a forward pass of more than so many examples that raises what the allocators
+raise, and once real, by a limit of the address space.
 """
 
+import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from cases import DOUBLE, block, off
+from cases import DOUBLE, block, off, some
 from torch import nn
 
 import curvlab as cl
@@ -145,3 +151,66 @@ def test_free_memory_is_that_of_the_machine_or_of_the_container(monkeypatch, tmp
     limit.write_text(f"{2**20}\n")  # less than this process has
     assert memory.free_bytes(cpu) == 0
     assert [memory.readable(n) for n in (3 * 2**20, 3 * 2**29)] == ["3 MiB", "1.5 GiB"]
+
+
+# -- what fresh processes take -----------------------------------------------------------------------------------------
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads and limits memory as Linux has it")
+
+
+def fresh(job: str, cases: list) -> list:
+    """What `peaks.py` finds, each case in a process of its own."""
+    folder = Path(__file__).parent
+    paths = os.pathsep.join([str(folder), str(folder.parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    if job == "peak":
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed is no longer resident
+    command = [sys.executable, str(folder / "peaks.py"), job, json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3000, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+PEAKS = [
+    (model, n, chunk, plan)
+    for model in ("mlp", "cnn", "transformer")
+    for n, chunk in ((500, None), (1500, 100), (3000, 400))
+    for plan in ("product", "eigsh", "examples")
+]
+
+
+@linux
+@pytest.mark.parametrize(
+    "cases",
+    [pytest.param([("mlp", 1500, 100, "product")], id="one"), pytest.param(PEAKS, id="all", marks=pytest.mark.slow)],
+)
+def test_the_announced_peak_is_right_within_a_fifth(cases):
+    """Of resident memory, allowing for 3 MiB that a process takes for itself."""
+    wrong = []
+    for case, found in zip(cases, fresh("peak", cases), strict=True):
+        print(*case, found)
+        announced, measured = found
+        if not abs(announced - measured) <= 0.2 * measured + 3:
+            wrong.append((*case, found))
+    assert not wrong
+
+
+LEFT = [
+    ("mlp", ["loss", "gradient_norm", "gradient_variance"], 30),
+    ("small", ["sharpness", "interaction_sharpness", "gradient_variance", "fisher_trace"], 1000),
+]
+
+
+@linux
+@pytest.mark.parametrize(("model", "names", "times"), some(LEFT, 2))
+def test_measurements_leave_nothing_behind(model, names, times):
+    (grown,) = fresh("growth", [(model, names, times)])
+    assert grown < 5, f"{grown:.2f} MiB more after {times} measurements"
+
+
+@linux
+@pytest.mark.parametrize("model", ["mlp", *(pytest.param(m, marks=pytest.mark.slow) for m in ("cnn", "transformer"))])
+def test_where_memory_really_ends_half_the_chunk_gives_the_same(model):
+    (found,) = fresh("limited", [(model, 8000, 100)])
+    assert found["chunk_size"] < 8000, found
+    assert max(found["off"]) < 1e-5, found

@@ -141,6 +141,8 @@ SIZES: dict[str, Callable[[Dense], float]] = {
     "sampled_gradient_norm_penalty": S1,
     "layer_gradient_norm": lambda d: S1(d) ** 0.5,
     "gradient_alignment": lambda d: gap(d) * noise(d),
+    "directional_alignment": lambda d: max(gap(d, A=H) for H in (d.H, *d.hessians_along_step)),
+    "example_gradient_cosine": lambda d: 1 / (d.n - 1),  # what is taken from the squared sum of N unit vectors
     "gradient_top_share": lambda d: gap(d, d.k) * noise(d),
     "batch_gradient_top_share": lambda d: gap(d, d.k),
 }
