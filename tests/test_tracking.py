@@ -252,7 +252,7 @@ def test_the_top_is_never_lost_in_training(case, loss, dtype):
         spent.append(at.measurements["sharpness"].matvecs)
     assert len(spent) == 80  # no run diverges
     assert not any(misses)
-    assert np.mean(spent) <= (4 if case == "stable" else 16)
+    assert np.mean(spent) <= (4 if case == "stable" else 20)
 
 
 def test_requests_of_other_sizes_and_tolerances_change_no_number():
