@@ -34,8 +34,6 @@ from .runs import Run, packed
 from .snapshot import Snapshot
 from .trained import TrainedObjective
 
-CHECKPOINTS = ("final", "checkpoint")
-
 
 def train(
     L: Objective,
@@ -346,14 +344,18 @@ class _Training:
             why = printable(f"{type(error).__name__}: {error}")[:1000]
             where = "" if self.log is None else f" in {self.log.path}"
             raise ValueError(
-                f"{' and '.join(CHECKPOINTS)}.pt{where} do not fit this training ({why}); "
+                f"final.pt and checkpoint.pt{where} do not fit this training ({why}); "
                 "make the model, optimizer and scheduler of the run, or delete both files to start again"
             ) from error
 
     def _stored(self, log: Run) -> dict[str, Any]:
         """What a run's folder has: its end, if it is complete, or its last checkpoint."""
-        final, state = (log.load(n, device=None) if (log.path / f"{n}.pt").exists() else {} for n in CHECKPOINTS)
-        return final if final.get("complete") else state
+
+        def load(name: str) -> dict[str, Any]:
+            return log.load(name, device=None) if (log.path / f"{name}.pt").exists() else {}
+
+        final = load("final")
+        return final if final.get("complete") else load("checkpoint")
 
     def _put_back(self, state: dict[str, Any]) -> dict[str, Any] | None:
         if state.get("complete"):

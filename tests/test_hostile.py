@@ -413,7 +413,7 @@ def test_checkpoints_of_something_else(copied, case):
     (copied / "checkpoint.pt").write_bytes(runs.packed(state))
     log = (copied / runs.LOG).read_bytes()
     text = read_or_refused(lambda: train(copied, resume=True), copied, str(copied))
-    assert "final and checkpoint.pt" in text
+    assert "final.pt and checkpoint.pt" in text
     assert "delete both files to start again" in text
     assert len(text) < 3000
     assert (copied / runs.LOG).read_bytes() == log

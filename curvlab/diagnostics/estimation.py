@@ -55,7 +55,7 @@ def estimate(
 
     Without a target: `probes` samples. In a run their variance, relative to `scale`², is pooled over the last measured
     steps with fading weights, back to the last `restart`: where the samples depend on something that ages, such as a
-    control variate that is refitted every 8 steps, variances before and after have nothing to do with each other. `scale`
+    control variate that is refitted every 16 steps, variances before and after have nothing to do with each other. `scale`
     follows the size of the quantity (default: the result), so that a loss that falls by orders of magnitude does not spoil
     the pool.
 

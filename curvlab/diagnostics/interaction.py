@@ -19,7 +19,7 @@ from .noise import BatchSizes, over_batch_sizes, second_moment, squared_norm
 from .registry import diagnostic
 from .sampled import HS_B, S_B, S_N, sampled_moments
 
-REFRESH = 8  # steps between two fits of the control variate
+REFRESH = 16  # steps between two fits of the control variate
 _COST = "16 probes and 10-30 products; 2 probes and 2 products when tracked"
 
 
@@ -48,7 +48,7 @@ def interaction_trace(
         tr(H S_1) = (1/N) Σ_k λ_k Σ_i (q_k·g_i)² + E[vᵀHv - Σ_k λ_k (q_k·v)²],
 
     whose first part is exact and whose second varies little, since about as many directions as there are classes carry
-    the trace. In a run eigenpairs are refitted every 8 steps, never from the same step's probes.
+    the trace. In a run eigenpairs are refitted every 16 steps, never from the same step's probes.
 
     Error: at a single point from 16 probes. In a run 2 probes a step are used, and their variance, relative to the
     first part, is pooled over the last 8 measured steps. Full batches without replacement, N of at most `probes`, and
