@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def run_options(name: str, *arguments: str) -> Any:
-    """The options of a command line: `experiment`, `out`, `checkpoint_every`, `resume`."""
+    """The options of a command line: `experiment`, `out`, `checkpoint_every`, `resume`, `timeout`."""
     given = _scale(arguments)
     base = preset(name, given)
 
@@ -35,6 +35,8 @@ def run_options(name: str, *arguments: str) -> Any:
         """Save the state of training every so many steps, so that a killed run can go on; 0 for never."""
         resume: bool = False
         """Go on with the run in --out where its last checkpoint is."""
+        timeout: float = 600.0
+        """Of several ranks that torchrun starts: seconds after which one that does not answer counts as lost."""
 
     return tyro.cli(Options, args=arguments, prog=f"curvlab run {name}", description=study(name, given).about)
 

@@ -136,10 +136,16 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().partition(". ")[0] or type(error).__name__
+            reason = str(error).strip().partition(". ")[0].rpartition("] ")[2] or type(error).__name__  # without its place
+            why = "one of them has died. Its own output says why"
+            if "timed out" in reason.lower() or "timeout" in reason.lower():
+                why = (
+                    "one of them hangs, or is slower than the timeout of the process group, which is that of "
+                    "init_process_group(timeout=) or curvlab run --timeout"
+                )
             raise RanksLost(
-                f"rank {self.rank} of {self.count} got no answer from the others: one of them has died, or did not answer "
-                f"within the timeout of the process group ({reason}). Its own output says why; what was logged is readable"
+                f"rank {self.rank} of {self.count} got no answer from the others ({reason}): {why}; what was logged is "
+                "readable, and training is where it was"
             ) from error
 
 

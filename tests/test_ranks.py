@@ -1,12 +1,15 @@
 """Several processes, each with a part of the data, measure and train as one does.
 
 Compared with a reference: operators, example gradients and every diagnostic on 3 gloo ranks, with unequal parts and with an
-empty one, and trainings on 2, against one process in float64. Behaviour only: what ranks refuse, and a rank that dies.
+empty one, and trainings on 2, against one process in float64. Behaviour only: what ranks refuse, a rank that dies, and one
+that hangs.
 """
 
 from __future__ import annotations
 
 import os
+import time
+from contextlib import nullcontext
 from datetime import timedelta
 
 import numpy as np
@@ -18,12 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import curvlab as cl
 from curvlab import checks
+from curvlab import ranks as ranks_module
+from curvlab.cli import main
 from curvlab.diagnostics import DIAGNOSTICS
 from curvlab.per_example import ExampleGradients
 from curvlab.ranks import Ranks, RanksLost
 
 F64 = torch.float64
 CLOSE = 1e-12
+TIMEOUT = 2  # seconds
 MICRO_BATCHES = {*cl.regularizers.REGULARIZERS, "microbatch_gradient_norm"}
 
 
@@ -181,8 +187,63 @@ def test_a_run_of_two_ranks_is_that_of_one(two, tmp_path):
 
 def test_a_rank_that_dies_ends_the_others_with_one_message_and_a_readable_run(two):
     found = torch.load(f"{two}/lost.pt")
-    assert found.startswith("rank 0 of 2 got no answer from the others: one of them has died, or did not answer within")
+    assert found.startswith("rank 0 of 2 got no answer from the others (")
+    assert "): one of them has died. Its own output says why; what was logged is readable" in found
     assert len(cl.Run(f"{two}/lost").records) == 3
+
+
+def hung(rank: int, folder: str) -> None:
+    """Two ranks of a loop of one's own, of which one sleeps in the midst of the third measurement."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT))
+    L, _ = problem(12, "world")
+    adam = torch.optim.Adam(L.model.parameters(), lr=0.01)
+    monitor = cl.Monitor(L, ["gradient_variance", "sharpness"], run=f"{folder}/run", optimizer=adam, announce=None)
+    for step in range(4):
+        adam.zero_grad()
+        L.live_losses((torch.randn(4, 1, 6, dtype=F64), torch.arange(4) % 3)).mean().backward()
+        if rank == 1 and step == 2:
+            Ranks.sum = lambda *_: time.sleep(60)
+        before = training_state(L.model, adam)
+        started = time.monotonic()
+        try:
+            monitor(step)
+        except RanksLost as error:
+            same = all(map(torch.equal, before, training_state(L.model, adam)))
+            torch.save((str(error), step, time.monotonic() - started, same), f"{folder}/hung.pt")
+            os._exit(0)
+        adam.step()
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Copies of weights, gradients, what the optimizer keeps, and the random state."""
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    parameters = list(model.parameters())
+    return [t.detach().clone() for t in (*parameters, *(p.grad for p in parameters), *kept, torch.get_rng_state())]
+
+
+def test_a_rank_that_hangs_ends_the_others_after_the_timeout_and_leaves_training_as_it_was(tmp_path):
+    context = torch.multiprocessing.spawn(hung, (str(tmp_path),), nprocs=2, join=False)
+    try:
+        context.processes[0].join(60)
+        message, step, seconds, same = torch.load(tmp_path / "hung.pt")
+    finally:
+        context.processes[1].kill()
+    assert message.startswith("rank 0 of 2 got no answer from the others (Timed out waiting")
+    assert "): one of them hangs, or is slower than the timeout of the process group, which is that of" in message
+    assert "\n" not in message
+    assert (step, same) == (2, True)
+    assert TIMEOUT <= seconds < TIMEOUT + 20
+    assert [record["step"] for record in cl.Run(tmp_path / "run").records] == [0, 1]
+
+
+def test_the_timeout_is_an_option_of_run(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(ranks_module, "started", lambda timeout: asked.append(timeout) or nullcontext(Ranks()))
+    options = ["--steps", "1", "--n", "8", "--hidden", "2", "--diagnostics", "loss", "--out", str(tmp_path / "run")]
+    assert main(["run", *options, "--timeout", "5"]) == 0
+    assert asked == [5.0]
 
 
 def test_what_one_process_alone_can_do_is_refused(monkeypatch):

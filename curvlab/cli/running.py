@@ -27,7 +27,7 @@ def run_command(arguments: list[str]) -> int:
 
     folder = options.out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     keep = {"checkpoint_every": options.checkpoint_every or None, "resume": options.resume}
-    with started() as ranks:  # of several that torchrun starts, the first one writes and tells
+    with started(options.timeout) as ranks:  # of several that torchrun starts, the first one writes and tells
         runs, interrupted = _train_all(options.experiment, folder, keep, ranks)
     if ranks.rank:
         return 130 if interrupted else 0
