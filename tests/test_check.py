@@ -312,6 +312,7 @@ def test_every_diagnostic_agrees_with_its_reference(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the loss of the first examples does not depend on")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_verify_on_the_table_of_models(case):
     found = verified(case.name)
