@@ -87,8 +87,8 @@ def eigsh(
 
     Cost: 14-23 products for k=1 and tol=1e-2 on loss Hessians when cold, a few when warm. Memory: at most `max_basis`
     vectors and as many images, up to twice that while the basis grows, and 3 (k + 1 + guards) vectors for Ritz
-    pairs and their residuals. Vectors, products and the small projected matrix stay on the device; each round reads a few
-    scalars to decide whether to stop.
+    pairs and their residuals. Vectors and products stay on their device. A round waits for it three times: for which of the
+    new vectors are independent, for the new rows of the small projected matrix, and for the residuals.
 
     Args:
         A: symmetric, (P, P); a `LinearOperator` or a dense tensor.
@@ -140,9 +140,9 @@ def eigsh(
     explore, explored = not warm or random_columns > 0, 0
     reserve = k if (explore if verify is None else verify) and max_matvecs >= 2 * k else 0  # products that verify
     block = _start_block(A, k, start, random_columns, min(max_basis, max_matvecs - reserve), generator)
-    basis, images = _Columns(block, max_basis), _Columns(_product(A, block), max_basis)
+    basis, images = _Columns(block, max_basis), _Columns(A @ block, max_basis)
     V, AV = basis.matrix, images.matrix
-    T = _symmetric(_inner(V, AV))
+    T = _symmetric(_projected(A, V, AV))
     # image of the newest vector of the random one's Krylov space
     lead = AV[:, -1:].clone() if warm and explore else AV[:, :0]
     reported = k + 1 + guards
@@ -150,13 +150,13 @@ def eigsh(
     while True:
         theta, Y = torch.linalg.eigh(T)
         order = _order(theta, which)
-        theta, Y = theta[order], Y[:, order].to(V.dtype)
+        theta, Y = theta[order], Y[:, order].to(V)
         X, AX = V @ Y[:, :reported], AV @ Y[:, :reported]
         scale = theta.abs().max()
         floor = 16 * eps * scale
         unit = scale if bool(scale > 0) else torch.ones_like(scale)
-        R = (AX - X * theta[:reported].to(V.dtype)).div_(unit)  # so that no square overflows or vanishes
-        residuals = unit * torch.linalg.vector_norm(R, dim=0, dtype=torch.float64)
+        R = (AX - X * theta[:reported].to(V)).div_(unit)  # so that no square overflows or vanishes
+        residuals = unit * torch.linalg.vector_norm(R, dim=0, dtype=torch.float64).cpu()
         wanted = torch.nonzero(residuals[:k] > torch.clamp(tol * scale, min=floor))[:, 0].tolist()
         tolerance = max(tol * float(scale), float(floor))
         joins = warm and not explore and float(residuals[:k].max()) > distrust * float(theta[:k].abs().max())
@@ -186,24 +186,24 @@ def eigsh(
             V, AV = _orthonormal_again(V @ Y[:, :keep], AV @ Y[:, :keep])
             basis.restart(V)
             images.restart(AV)
-            T = _symmetric(_inner(V, AV))
+            T = _symmetric(_projected(A, V, AV))
             V, AV = basis.matrix, images.matrix
         B = orthonormalize(R[:, wanted], V, min_norm=4 * eps)
         if B.shape[1] == 0:  # the basis is invariant to rounding: nothing is left to find in it
             break
-        AB = _product(A, B)
-        cross = _inner(V, AB)
-        T = torch.cat([torch.cat([T, cross], 1), torch.cat([cross.T, _symmetric(_inner(B, AB))], 1)])
+        AB = A @ B
         V, AV = basis.append(B), images.append(AB)
+        cross, own = _projected(A, V, AB).split([len(T), B.shape[1]])
+        T = torch.cat([torch.cat([T, cross], 1), torch.cat([cross.T, _symmetric(own)], 1)])
         matvecs += B.shape[1]
         lead = AB[:, -1:] if leads else lead
 
-    guard_vectors, guard_values = X[:, k : k + guards], theta[k : k + guards]
+    guard_vectors, guard_values = X[:, k : k + guards], theta[k : k + guards].to(V.device)
     X, AX = X[:, :k], AX[:, :k]
     length = torch.linalg.vector_norm(X, dim=0, dtype=torch.float64)
     signed = (length * torch.sign(X.gather(0, X.abs().argmax(0, keepdim=True)))).to(X.dtype)
     X = X / signed
-    AX = _product(A, X) if reserve else AX / signed
+    AX = A @ X if reserve else AX / signed
     matvecs += reserve
     values = (X * AX).sum(0, dtype=torch.float64)
     R = (AX - X * values.to(X.dtype)).div_(unit)
@@ -214,7 +214,7 @@ def eigsh(
         vectors=X[:, descending],
         residuals=residuals[descending],
         matvecs=matvecs,
-        converged=bool((residuals <= tolerance + floor / 2).all()),
+        converged=bool((_finite(A, residuals.cpu()) <= tolerance + floor / 2).all()),
         extremes=extremes,
         floor=float(floor),
         guards=guard_vectors,
@@ -232,28 +232,33 @@ def orthonormalize(B: Tensor, against: Tensor | None = None, *, min_norm: float 
     less than `min_norm`, or no more than rounding of their length, are dropped, so the result may have fewer columns.
     """
     Q = B[:, :0] if against is None else against
-    B = _unit(B, min_norm)
-    B = _unit(B - Q @ (Q.T @ B), 100 * torch.finfo(B.dtype).eps)
-    B = B - Q @ (Q.T @ B)
+    short = 100 * torch.finfo(B.dtype).eps
+    B, alive = _unit(B, min_norm)
+    B, long = _unit(B - Q @ (Q.T @ B), short)
+    B, alive = B - Q @ (Q.T @ B), alive & long
     found = B[:, :0]
-    for v in B.T:
-        v = v - found @ (found.T @ v)
-        length = torch.linalg.vector_norm(v)
-        if bool(length <= 100 * torch.finfo(B.dtype).eps):
-            continue
-        v = v / length
+    for v in B.T:  # a column that is dropped is zero until the end, so that a device need not be waited for
+        v, long = _unit((v - found @ (found.T @ v))[:, None], short)
         if found.shape[1]:
             v = v - Q @ (Q.T @ v)
             v = v - found @ (found.T @ v)
-        found = torch.cat([found, _unit(v[:, None], 0.0)], 1)
-    return found
+        alive[found.shape[1]] &= long[0]
+        found = torch.cat([found, _unit(v, 0.0)[0]], 1)
+    return found[:, alive]
 
 
-def _unit(B: Tensor, shortest: float) -> Tensor:
-    """The columns that are longer than `shortest`, at unit length to less than rounding of B's own precision."""
+def _unit(B: Tensor, shortest: float) -> tuple[Tensor, Tensor]:
+    """The columns at unit length to less than rounding of their own precision, or zero where they are not longer than
+    `shortest`; and which are longer.
+    """
     lengths = torch.linalg.vector_norm(B, dim=0, dtype=torch.float64)
-    alive = lengths > shortest
-    return (B[:, alive] / lengths[alive]).to(B.dtype)
+    long = lengths > shortest
+    return torch.where(long, B / lengths, 0).to(B.dtype), long
+
+
+def _projected(A: LinearOperator | Tensor, V: Tensor, AV: Tensor) -> Tensor:
+    """Vᵀ A V, on the CPU, where the small matrices are."""
+    return _finite(A, _inner(V, AV).cpu())
 
 
 def _inner(V: Tensor, W: Tensor) -> Tensor:
@@ -326,15 +331,14 @@ def _start_block(
     return torch.cat([given, noise], 1)[:, :room]
 
 
-def _product(A: LinearOperator | Tensor, V: Tensor) -> Tensor:
-    AV = A @ V
-    if not torch.isfinite(AV).all():
+def _finite(A: LinearOperator | Tensor, numbers: Tensor) -> Tensor:
+    if not torch.isfinite(numbers).all():
         name = A.name if isinstance(A, LinearOperator) else "the matrix"
         raise FloatingPointError(
             f"a product with {name} is not finite; the parameters have diverged, or the loss has "
             "an infinite second derivative there (norm or sqrt at 0). Measure at other parameters"
         )
-    return AV
+    return numbers
 
 
 def _symmetric(T: Tensor) -> Tensor:
