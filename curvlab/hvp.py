@@ -121,7 +121,7 @@ class HessianProducts:
         self.objective.ranks.agree("the vectors of a product", V)
         total = self.objective.fitting(lambda: self._product(V), self._forget)
         found = self.objective.mean(self._count, total)[0]
-        if not torch.isfinite(found).all() and torch.isfinite(V).all():
+        if not math.isfinite(float(found.sum())) and not torch.isfinite(found).all() and torch.isfinite(V).all():
             raise FloatingPointError(
                 f"a product with the Hessian is not finite in {self.objective.not_finite(found.sum(1))}; the parameters "
                 "have diverged, or the loss has an infinite second derivative there (norm or sqrt at 0). Measure at other "
