@@ -15,6 +15,7 @@ from .regularizers.micro_batch import MicroBatch, MicroBatches
 from .regularizers.registry import Request, checked_size, require, terms
 from .regularizers.sites import Trained, second_derivatives
 from .self_check import check_products
+from .sharded import require_whole
 
 
 class BatchGradient:
@@ -58,6 +59,7 @@ class BatchGradient:
         penalties: Iterable[tuple[float, Request]] = (),
         generator: torch.Generator | None = None,
     ) -> None:
+        require_whole(L, "steps of curvlab.train")
         self.L = L
         self.pieces = L.pieces(batch, checked_size(micro_batch_size))
         self.terms = [term for term in terms(penalties) if term[0]]

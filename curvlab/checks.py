@@ -17,6 +17,7 @@ from .guard import get_random_states, same_random_states
 from .linalg.probes import generator, normal
 from .losses import Averaged, cross_entropy, squared_error
 from .memory import total_bytes
+from .sharded import gathered, is_sharded, parameters
 
 if TYPE_CHECKING:
     from .objective import Chunk, Objective
@@ -25,7 +26,7 @@ COUPLING: tuple[type, ...] = (nn.modules.batchnorm._BatchNorm,)
 RANDOM: tuple[type, ...] = (nn.modules.dropout._DropoutNd, nn.RReLU)
 DRAWS = 32  # evaluations of a model that draws random numbers, before it is believed not to use them
 
-Which = str | Iterable[str] | Callable[[str, nn.Parameter], bool]
+Which = str | Iterable[str] | Callable[[str, Any], bool]
 
 
 def trainable(model: nn.Module, which: Which | None = None) -> dict[str, Tensor]:
@@ -59,21 +60,21 @@ def trainable(model: nn.Module, which: Which | None = None) -> dict[str, Tensor]
         raise ValueError(
             f"module {sparse[0]} gives sparse gradients, which have no second derivative; set sparse=False"
         )
-    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = {name: p for name, p in parameters(model).items() if p.requires_grad}
     if not found:
         raise ValueError("the model has no parameter with requires_grad=True; unfreeze what is to be measured")
     _apart(found)
     if which is None:
         return found
-    aliases = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if _picked(name, p, which)]
-    held = {id(p) for _, p in aliases}
+    aliases = parameters(model, remove_duplicate=False)
+    held = {id(p) for name, p in aliases.items() if _picked(name, p, which)}
     picked = {name: p for name, p in found.items() if id(p) in held}
     if not picked:
         raise ValueError(f"parameters={which!r} picks none of the trainable parameters; there are {', '.join(found)}")
     return picked
 
 
-def _picked(name: str, p: nn.Parameter, which: Which) -> bool:
+def _picked(name: str, p: Tensor, which: Which) -> bool:
     if callable(which):
         return bool(which(name, p))
     patterns = [which] if isinstance(which, str) else which
@@ -84,7 +85,7 @@ def _apart(found: dict[str, Tensor]) -> None:
     """Refuse parameters that are one tensor for the model and several for autograd."""
     ends: dict[int, tuple[int, str]] = {}  # of the last parameter in each storage
     for name, p in sorted(found.items(), key=lambda item: item[1].storage_offset()):
-        if p.is_sparse or not p.numel() or p.device.type == "meta":
+        if p.is_sparse or not p.numel() or p.device.type == "meta" or is_sharded(p):
             continue
         key, start = p.untyped_storage().data_ptr(), p.storage_offset()
         end, other = ends.get(key, (0, ""))
@@ -217,6 +218,18 @@ def alike(L: Objective) -> None:
         L.ranks.require_one(f"statistics of batches, as {coupling} has them,")
     if L.mode == "train":
         L.ranks.require_one("dropout masks, which are fixed by chunk,")
+
+
+def same_buffers(L: Objective) -> None:
+    """Refuse buffers that differ between ranks, as running statistics do which each rank takes of its own batches.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    found = {name: b for name, b in L.model.named_buffers() if b.is_floating_point()}
+    if found and L.ranks.count > 1:
+        what = f"buffers such as {next(iter(found))}, which SyncBatchNorm would keep alike"
+        L.ranks.agree(what, L.join([gathered(b.detach()).double() for b in found.values()]))
 
 
 def deterministic_mean(L: Objective) -> None:

@@ -143,7 +143,8 @@ class _Silence(TorchFunctionMode):
 
 def _origin(L: Objective) -> str:
     """The innermost module whose outputs cannot be differentiated twice, by trying each of them."""
-    params = L.leaves_at()
+    # Any point will do where other ranks, which may have met no error, would have to take part in gathering the current one.
+    params = L.leaves_at(torch.linspace(-0.1, 0.1, L.num_params) if L.sharded else None)
     found: list[str] = []
 
     def check(tensors: Any, module: nn.Module | None) -> None:

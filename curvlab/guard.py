@@ -22,6 +22,7 @@ _PRECISION: dict[str, tuple[Any, ...]] = {
     "cpu": (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn),  # type: ignore[attr-defined]
 }
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _lock = threading.RLock()  # backend flags, random states and the model are one for all threads
 _active: list[tuple[nn.Module, bool]] = []
 
@@ -34,9 +35,10 @@ def measuring(model: nn.Module, *, train_mode: bool = False, device: str = "cpu"
     with a second derivative), weight normalization is not torch's (whose second derivative is wrong), the recurrent
     kernels of cuDNN and oneDNN (which have none, or no forward mode) are off, what was compiled runs eagerly, a `forward`
     that accelerate patched for mixed precision is the original one, backward hooks of modules are set aside (they change
-    gradients, and not the loss), no parametrization is cached (it would be that of other parameters), and every module is
-    in evaluation mode. With `train_mode`, modules keep their flags if the model is in training, so layers that the user
-    froze stay frozen; otherwise all of them are put in training mode.
+    gradients, and not the loss), as are hooks of torch.distributed (FSDP, tensor parallelism), no parametrization is cached
+    (it would be that of other parameters), and every module is in evaluation mode. With `train_mode`, modules keep their
+    flags if the model is in training, so layers that the user froze stay frozen; otherwise all of them are put in training
+    mode.
 
     Afterwards, also after an exception: train/eval flags, the random states of Python, numpy, torch and CUDA, the backend
     flags, and what a forward pass left in the modules' attributes (counters, kept outputs, what it appended to a list) are
@@ -84,6 +86,7 @@ def _measuring(model: nn.Module, train_mode: bool, device: str) -> Iterator[None
                 state["forward"] = state["_original_forward"]
             for state, *_ in attributes:
                 state.update((key, OrderedDict()) for key in _BACKWARD_HOOKS if state[key])
+                _set_aside_distribution(state)
             yield
     finally:
         _active.pop()
@@ -97,6 +100,19 @@ def _measuring(model: nn.Module, train_mode: bool, device: str) -> Iterator[None
             for name, items in contents.items():
                 state[name].clear()
                 (state[name].extend if isinstance(items, list) else state[name].update)(items)
+
+
+def _set_aside_distribution(state: dict[str, Any]) -> None:
+    """Take out of a module's attributes what torch.distributed lets its calls do: hooks that gather, cast, or distribute,
+    and methods that run such hooks (`register_fsdp_forward_method`)."""
+
+    def distributes(function: Any) -> bool:
+        return getattr(function, "__globals__", {}).get("__name__", "").startswith("torch.distributed.")
+
+    for key in _FORWARD_HOOKS:
+        if any(map(distributes, state[key].values())):
+            state[key] = OrderedDict((k, hook) for k, hook in state[key].items() if not distributes(hook))
+    state.update((k, f.__wrapped__) for k, f in list(state.items()) if distributes(f) and hasattr(f, "__wrapped__"))
 
 
 def functional_call(module: nn.Module, state: dict[str, Tensor], args: tuple, kwargs: dict[str, Any] | None = None) -> Any:

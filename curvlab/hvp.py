@@ -18,6 +18,7 @@ from .gradient_graph import CAPTURES_ON, ChunkGradient, GradientGraph, jvp_of_gr
 from .objective import Objective
 from .origins import origins
 from .self_check import check_products
+from .sharded import local, parameters, version
 from .timing import synchronize
 
 Engine = Literal["auto", "graph", "traced", "compiled", "double_backward", "forward_over_reverse"]
@@ -131,9 +132,9 @@ class HessianProducts:
 
     def _fingerprint(self) -> dict[str, tuple[int, float]]:
         """Of the frozen parameters, which are not copied: a change through .data leaves the version as it was."""
-        own = dict(self.objective.module.named_parameters())
+        own = parameters(self.objective.module)
         return {
-            name.removeprefix("model."): (0 if p.is_inference() else p._version, float(p.detach().sum(dtype=torch.float64)))
+            name.removeprefix("model."): (version(p), float(local(p).detach().sum(dtype=torch.float64)))
             for name, p in own.items()
             if name in self.constants
         }

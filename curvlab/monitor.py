@@ -28,6 +28,7 @@ from .memory import require as require_memory
 from .objective import Objective
 from .optimizers import flat_gradient, learning_rate, preconditioner, settings, stability_threshold
 from .runs import Run
+from .sharded import version
 from .snapshot import Snapshot
 from .unwrap import unwrap_optimizer
 
@@ -49,7 +50,8 @@ class Monitor:
     leaves parameters, buffers, gradients, random states and flags as they are. On steps without a measurement it does
     nothing.
 
-    In a process group (DistributedDataParallel) rank 0 measures and writes; on other ranks a call returns {}.
+    In a process group (DistributedDataParallel) rank 0 measures and writes; on other ranks a call returns {}. With
+    ``Objective(..., group="world")``, which a model sharded by FSDP2 needs, all ranks call it and measure together.
 
     Args:
         L: the objective: the model that is trained, its loss, and a fixed set of data. Or the model itself, with `loss` and
@@ -379,12 +381,13 @@ class Monitor:
     def _stepped(self, *_: Any) -> None:
         """After a step of the optimizer: the gradients that are there now have been used."""
         g = self._probe.grad
-        self._used = None if g is None else (g, g._version)
+        self._used = None if g is None else (g, version(g))
 
     def _fresh_gradient(self) -> Tensor | None:
         """(P,) the gradient in `.grad`, if it is of a backward pass since the last step of the optimizer."""
         g = self._probe.grad
-        if g is None or self.optimizer is None or (self._used and self._used[0] is g and self._used[1] == g._version):
+        used = bool(g is not None and self._used and self._used[0] is g and self._used[1] == version(g))
+        if g is None or self.optimizer is None or used:
             return None
         gradient = flat_gradient(self.L)
         return gradient if bool(gradient.any()) else None  # zeroed in place, before the backward pass

@@ -22,6 +22,7 @@ from .guard import functional_call, measuring, out_of_memory, seed_everything
 from .losses import Averaged, BatchLoss, Loss, convention, correct, cross_entropy, logits, reads_logits, resolve
 from .memory import require
 from .ranks import Ranks
+from .sharded import Constants, found_in, gathered, parameters
 from .unwrap import unwrap
 
 _log = logging.getLogger("curvlab")
@@ -85,12 +86,15 @@ class Objective:
             ``lambda name, p: "embed" not in name``. H is then that block of the Hessian.
         group: of torch.distributed processes, "world" for all of them, that share the work: each keeps its contiguous part
             of `data`, which all are given whole, and all make the same calls, from the same weights. Results are those of
-            one process, on every rank.
+            one process, on every rank. What `fully_shard` (FSDP2) or tensor parallelism has sharded is measured on all ranks
+            that hold parts: `params` gathers the parameters, as they are then, and a line of the log "curvlab" says what
+            that takes; the sharded model is not touched. Frozen parameters that are sharded are those of the last gathering.
 
     Raises:
         ValueError, TypeError: what would give a silently wrong number: nothing to train, mixed or half-precision or
             complex parameters, a loss reduced over the batch, an empty or misshapen batch, values that are not finite,
             a loss that is not deterministic or not a mean over examples. The message names the fix.
+        MemoryError: sharded parameters would not fit whole in the memory that is free.
 
     Attributes:
         checked: what the check of products found: "ok", "warned: ..." or "unchecked: ...", with why; None before it.
@@ -134,6 +138,7 @@ class Objective:
         self.outcomes: dict[str, str] = {}  # of checks on first use
         self.draws = mode == "train"  # random numbers from the global generators; checked below
         self._held: dict[str, Tensor] | None = None
+        self._gathered = Constants()
         self.hooks: list[str] = []
         self._variables = checks.trainable(self.model, parameters)
         self.subset = len(self._variables) < len(checks.trainable(self.model))
@@ -144,6 +149,7 @@ class Objective:
         self.sizes = [p.numel() for p in self._variables.values()]
         self.num_params = sum(self.sizes)
         self.memory = checks.memory_bytes(memory, self.device)
+        self.sharded = found_in(self)
         self.examples = Examples(data, pairs=not isinstance(self.loss, BatchLoss), ranks=self.ranks)
         self.size = self.examples.size
         if isinstance(self.loss, Averaged):
@@ -168,6 +174,8 @@ class Objective:
             checks.dependence(self, gradient)
             checks.class_indices(self)
         self.hooks = hooks + on_tensors
+        if self.sharded:
+            _ = self.graph_bytes  # while all ranks are here: it takes gradients at the current point
         if self.hooks:
             _log.warning("measured without %s: hooks change gradients, and not the loss", ", ".join(self.hooks))
 
@@ -175,7 +183,10 @@ class Objective:
 
     def params(self) -> Tensor:
         """(P,) detached copy of the model's trainable parameters, in the dtype and on the device of measuring."""
-        return self.join([p.detach().to(self.device, self.dtype) for p in self.variables()])
+        checks.same_buffers(self)
+        if self.sharded:
+            self._gathered.gather(self._others())
+        return self.join([self._place(p.detach()) for p in self.variables()])
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """A flat (P,) vector as views by parameter name."""
@@ -214,13 +225,15 @@ class Objective:
 
     def value(self, w: Tensor | None = None, batch: Any = None) -> Tensor:
         """L(w), a float64 scalar; or the mean over a `batch`, given by indices (b,) or as it is."""
+        w = self.point(w)  # gathered once, however often memory ends
         return self.fitting(lambda: self._value(w, batch))
 
     def gradient(self, w: Tensor | None = None, batch: Any = None) -> Tensor:
         """∇L(w), (P,); or the mean gradient of a `batch`, given by indices (b,) or as it is."""
+        w = self.point(w)
         return self.fitting(lambda: self._gradient(w, batch))
 
-    def _value(self, w: Tensor | None, batch: Any) -> Tensor:
+    def _value(self, w: Tensor, batch: Any) -> Tensor:
         with self.measuring(), torch.no_grad():
             params, count = self.leaves_at(w), 0
             total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -229,7 +242,7 @@ class Objective:
                 count += chunk.size
         return self.mean(count, total)[0]
 
-    def _gradient(self, w: Tensor | None, batch: Any) -> Tensor:
+    def _gradient(self, w: Tensor, batch: Any) -> Tensor:
         with self.measuring():
             total, count = torch.zeros(self.num_params, device=self.device, dtype=self.dtype), 0
             for chunk in self.chunks(batch):
@@ -307,8 +320,7 @@ class Objective:
 
     def constants(self) -> dict[str, Tensor]:
         """What the model and the loss read beside the variables: frozen parameters, and copies of the buffers."""
-        own = {f"model.{name}" for name in self._variables}
-        found = {n: self._place(p.detach()) for n, p in self._call.named_parameters() if n not in own}
+        found = {n: self._place(self._gathered.of(n, p)) for n, p in self._others().items()}
         return found | {n: self._place(b.detach()).clone() for n, b in self._call.named_buffers()}
 
     def chunks(self, batch: Any = None, *, size: int | None = None) -> Iterator[Chunk]:
@@ -407,7 +419,7 @@ class Objective:
         Raises:
             ValueError: the model has lost one, or has another shape there than when the objective was made.
         """
-        live = dict(self.model.named_parameters())
+        live = parameters(self.model)
         for name, p in self._variables.items():
             now = live.get(name)
             if now is None or now.shape != p.shape:
@@ -559,10 +571,10 @@ class Objective:
     @cached_property
     def graph_bytes(self) -> float:
         """Bytes that a kept gradient graph takes per example, measured by what autograd saves for two and for six."""
-        small, large = self.first(2).size, self.first(6).size
+        small, large, w = self.first(2).size, self.first(6).size, self.params()
         if large == small:
-            return max(1.0, self._saved_bytes(small) / small)
-        return max(1.0, (self._saved_bytes(large) - self._saved_bytes(small)) / (large - small))
+            return max(1.0, self._saved_bytes(w, small) / small)
+        return max(1.0, (self._saved_bytes(w, large) - self._saved_bytes(w, small)) / (large - small))
 
     @property
     def graphs_that_fit(self) -> int:
@@ -572,7 +584,13 @@ class Objective:
     # -- internals --------------------------------------------------------------------------------------------------
 
     def _place(self, tensor: Tensor) -> Tensor:
+        tensor = gathered(tensor)
         return tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)
+
+    def _others(self) -> dict[str, Tensor]:
+        """The parameters of model and loss that are no variables."""
+        own = {f"model.{name}" for name in self._variables}
+        return {n: p for n, p in parameters(self._call).items() if n not in own}
 
     def _state(self, params: list[Tensor]) -> dict[str, Tensor]:
         """Everything the model reads: the given parameters, frozen ones, and copies of the buffers."""
@@ -640,7 +658,7 @@ class Objective:
             rows = [self.grads(value, part, retain_graph=True) for value in scalars(params, chunk)]
             return torch.stack([self.join(row) for row in rows])
 
-    def _saved_bytes(self, examples: int) -> int:
+    def _saved_bytes(self, w: Tensor, examples: int) -> int:
         alive: weakref.WeakSet[_Saved] = weakref.WeakSet()  # what was saved on the way and is not needed again is freed
 
         def pack(tensor: Tensor) -> _Saved:
@@ -649,7 +667,7 @@ class Objective:
             return saved
 
         with self.measuring(), torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-            params, chunk = self.leaves_at(), self.first(examples)
+            params, chunk = self.leaves_at(w), self.first(examples)
             kept = self.grads(self.losses(params, chunk).sum(), params, create_graph=True)
         own = {p.untyped_storage().data_ptr() for p in params}
         dense = (saved.tensor for saved in alive if saved.tensor.layout is torch.strided)

@@ -31,6 +31,7 @@ from .objective import Objective
 from .optimizers import flat_gradient, learning_rate, preconditioner, settings, stability_threshold, weight_decay
 from .regularizers import registry as regularizers
 from .runs import Run, packed
+from .sharded import require_whole
 from .snapshot import Snapshot
 from .trained import TrainedObjective
 
@@ -415,6 +416,7 @@ class _Training:
 
 
 def _same_parameters(L: Objective, optimizer: torch.optim.Optimizer, batches: Iterable[Any]) -> None:
+    require_whole(L, "steps of curvlab.train")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not held & {id(p) for p in L.variables()}:
         raise ValueError(

@@ -36,8 +36,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     name = type(model).__name__
     if name == "FullyShardedDataParallel":
         raise ValueError(
-            "the model is wrapped in FullyShardedDataParallel, which has parts of the parameters on each rank; measure a "
-            "gathered copy of the model"
+            "the model is wrapped in FullyShardedDataParallel, which keeps parameters flat and in parts; shard it with "
+            "torch.distributed.fsdp.fully_shard instead, and what is sharded is measured as it is, or measure a copy of it"
         )
     return unwrap(getattr(model, _MODULES[name])) if name in _MODULES else model
 

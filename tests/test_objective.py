@@ -855,7 +855,7 @@ REFUSALS = {
     ),
     "sharded": (
         ValueError,
-        "FullyShardedDataParallel, which has parts of the parameters on each rank",
+        "FullyShardedDataParallel, which keeps parameters flat and in parts; shard it with torch.distributed.fsdp",
         lambda: objective(type("FullyShardedDataParallel", (nn.Module,), {})()),
     ),
     "reduced_function": (
@@ -1421,6 +1421,7 @@ OWN_TESTS |= {
     "memory",
     "docs",
     "ranks",
+    "sharded",
     "files",
     "trainer",
 }

@@ -336,7 +336,7 @@ def test_a_point_of_another_length_is_refused_when_the_operator_is_made(name):
 # As in DESIGN.md, lowest first: a file imports only from lower layers, or from its own folder.
 LAYERS = (
     {"measurement", "memory", "cross_entropy", "guard", "layers", "linearize", "optional", "replay", "schedule"},
-    {"derivatives", "timing", "unwrap", "ranks", "files"},
+    {"derivatives", "timing", "unwrap", "ranks", "sharded", "files"},
     {"losses", "batches"},
     {"linalg"},
     {"checks"},
@@ -398,7 +398,7 @@ def test_imports_point_downwards(file):
 
 
 def test_the_layer_test_sees_imports():
-    below = {"checks", "batches", "derivatives", "guard", "losses", "memory", "ranks", "unwrap"}
+    below = {"checks", "batches", "derivatives", "guard", "losses", "memory", "ranks", "sharded", "unwrap"}
     assert set(imported_units(PACKAGE / "objective.py")) == below
     assert {"linalg", "operators", "snapshot"} <= set(imported_units(PACKAGE / "diagnostics" / "interaction.py"))
 

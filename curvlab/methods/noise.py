@@ -13,6 +13,7 @@ from ..linalg.probes import normal
 from ..objective import Objective
 from ..operators.gradient_moments import noise_share
 from ..per_example import ExampleGradients
+from ..sharded import require_whole
 from .base import Closure, Method
 from .registry import method
 
@@ -86,6 +87,7 @@ class _Diffusion(Method):
             temperature=lr * self.share,
             seed=seed,
         )
+        require_whole(objective, "optimizers that add noise")
         if not {id(p) for p in self.parameters()} & {id(p) for p in objective.variables()}:
             raise ValueError(
                 "the optimizer holds none of the trainable parameters of the objective's model, so their noise is unknown; "

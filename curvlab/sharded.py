@@ -1,0 +1,125 @@
+"""Parameters of which each rank holds a part: what `fully_shard` (FSDP2) and tensor parallelism make of a model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .memory import readable, require
+
+if TYPE_CHECKING:
+    from .objective import Objective
+
+_log = logging.getLogger("curvlab")
+
+# DTensors are known by their attributes, so that torch.distributed.tensor is not imported where nobody has it.
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor over several ranks."""
+    return hasattr(tensor, "full_tensor") and tensor.device_mesh.size() > 1
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a detached tensor: of a DTensor, for which all its ranks call this, the parts together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is here."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place: by what was done to it, or by FSDP to its part."""
+    part = local(tensor)
+    return 0 if part.is_inference() else part._version if part is tensor else tensor._version + part._version
+
+
+def parameters(module: nn.Module, *, remove_duplicate: bool = True) -> dict[str, Tensor]:
+    """Parameters by name. Where FSDP has put a gathered one in place for a while, the sharded one, which is trained."""
+    trained = {id(standing): sharded for m in module.modules() for standing, sharded in _standing_in(m)}
+    named = module.named_parameters(remove_duplicate=remove_duplicate)
+    return {name: trained.get(id(p), p) for name, p in named}
+
+
+def _standing_in(module: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    if not hasattr(module, "_get_fsdp_state"):
+        return
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        for p in group.fsdp_params:
+            for name in ("_unsharded_param", "_sharded_post_forward_param"):
+                if vars(p).get(name) is not None:
+                    yield vars(p)[name], p.sharded_param
+
+
+class Constants:
+    """Sharded parameters that are no variables, as they were last gathered: ranks may not evaluate equally often."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[int, Tensor]] = {}
+
+    def gather(self, params: dict[str, Tensor]) -> None:
+        """Gather those of the parameters that are sharded, on all ranks."""
+        self._held = {n: (version(p), gathered(p.detach())) for n, p in params.items() if is_sharded(p)}
+
+    def of(self, name: str, p: Tensor) -> Tensor:
+        """The parameter p as it was gathered, or itself if it is not sharded.
+
+        Raises:
+            RuntimeError: it has changed since.
+        """
+        if not is_sharded(p):
+            return p.detach()
+        then, found = self._held[name]
+        if then != version(p):
+            raise RuntimeError(
+                f"the frozen parameter {name.removeprefix('model.')} is sharded and has changed since it was gathered; call "
+                "L.params() on all ranks, which gathers it again"
+            )
+        return found
+
+
+def found_in(L: Objective) -> bool:
+    """Whether parameters of the model are sharded. They are gathered to be measured; a line of the log says what that takes.
+
+    Raises:
+        ValueError: one process alone is to measure, or a buffer is sharded.
+        MemoryError: all of them would not fit in the memory that is free.
+    """
+    params: dict[str, Any] = parameters(L.model)
+    parts = {name: p for name, p in params.items() if is_sharded(p)}
+    buffers: dict[str, Any] = dict(L.model.named_buffers())
+    for name, b in buffers.items():
+        if is_sharded(b) and not all(place.is_replicate() for place in b.placements):
+            raise ValueError(f"buffer {name} is sharded; expected buffers that every rank has whole, as FSDP leaves them")
+    if not parts:
+        return False
+    name, first = next(iter(parts.items()))
+    if L.ranks.count == 1:
+        raise ValueError(
+            f"parameter {name} is sharded over {first.device_mesh.size()} ranks, and one process alone would measure; pass "
+            "group='world' to Objective, and let all ranks make the same calls"
+        )
+    size = sum(p.numel() for p in parts.values()) * L.dtype.itemsize
+    what = f"gathering {len(parts)} sharded parameters, which every rank holds whole while it measures,"
+    require(size, L.device, what, "measure a smaller model, or on devices with more memory")
+    if L.ranks.rank == 0:
+        _log.info("%s takes %s on each rank", what.removesuffix(","), readable(size))
+    return True
+
+
+def require_whole(L: Objective, what: str) -> None:
+    """Refuse what works on the live parameters, where ranks hold parts of them.
+
+    Raises:
+        ValueError: they do.
+    """
+    if L.sharded:
+        raise ValueError(
+            f"{what} need every parameter whole on each rank, and parameter {L.names[0]} is sharded; train in a loop of "
+            "your own, where FSDP steps the parts, and measure there with Monitor"
+        )
