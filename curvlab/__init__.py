@@ -27,6 +27,7 @@ _HOME = {
     "gradient_covariance": "operators",
     "diagnostic": "diagnostics.registry",
     "measure": "point",
+    "plan": "planning",
     "verify": "verification",
     "train": "trainer",
     "gradient_flow": "flow",
@@ -42,7 +43,7 @@ __all__ = [
     "Objective", "batch_loss", "Batches", "Measurement", "Snapshot",
     "LinearOperator", "Eigenpairs", "eigsh", "trace", "spectral_density", "dense",
     "hessian", "ggn", "fisher", "gradient_second_moment", "gradient_covariance",
-    "diagnostic", "measure", "verify", "train", "gradient_flow", "Monitor", "Run",
+    "diagnostic", "measure", "plan", "verify", "train", "gradient_flow", "Monitor", "Run",
     "claims", "diagnostics", "integrations", "landscape", "linalg", "methods", "operators", "plots", "problems",
     "regularizers", "sweep", "tables",
 ]  # fmt: skip

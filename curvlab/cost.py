@@ -6,14 +6,14 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from .batches import batch_size
 from .diagnostics import evaluate
-from .memory import Allocations, readable
+from .memory import Allocations, chunk_that_fits, graphs_that_fit, readable
 from .objective import Objective
 from .snapshot import Snapshot
 
@@ -22,80 +22,219 @@ QUICK = 0.5  # seconds of a rehearsal, below which it is done twice
 
 @dataclass(frozen=True)
 class Cost:
-    """Products with the Hessian, the chunks that each runs through, seconds, and bytes at the peak."""
+    """What a measurement takes, of each rank where there are several.
+
+    Attributes:
+        products: with the Hessian.
+        chunks: that each of them runs through.
+        seconds: of computing.
+        bytes: at the peak, beside the model and the data.
+        gradients: what the seconds are in gradients of the rank's examples.
+        vectors: how many vectors of all parameters are held at the peak.
+        sent: bytes that a rank sends to others.
+    """
 
     products: int
     chunks: int
     seconds: float
     bytes: int
+    gradients: float = 0.0
+    vectors: float = 0.0
+    sent: int = 0
 
     def __str__(self) -> str:
         chunks = f" x {self.chunks} chunks" if self.chunks > 1 else ""
-        return f"{self.products} products{chunks}, about {_time(self.seconds)}, {readable(self.bytes)}"
+        return f"{self.products} products{chunks}, about {duration(self.seconds)}, {readable(self.bytes)}"
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a measurement is foreseen for.
+
+    Attributes:
+        examples: of all ranks.
+        params: P.
+        graph_bytes: of a kept graph, per example.
+        memory: budget for kept graphs.
+        chunk_size: examples at once; None for what fits.
+        ranks: K, of which each has a K-th of the examples.
+        work: of an example's gradient, in that of the rehearsal.
+        speed: of the device, in that of the rehearsal.
+    """
+
+    examples: int
+    params: int
+    graph_bytes: float
+    memory: int
+    chunk_size: int | None = None
+    ranks: int = 1
+    work: float = 1.0
+    speed: float = 1.0
+
+    @property
+    def share(self) -> int:
+        """Examples of a rank, at most."""
+        return -(-self.examples // self.ranks)
+
+    @property
+    def chunk(self) -> int:
+        """Examples at once."""
+        return chunk_that_fits(self.memory, self.graph_bytes, self.share, self.chunk_size)
+
+    @property
+    def chunks(self) -> int:
+        """That a rank's examples are."""
+        return -(-self.share // self.chunk)
+
+    @property
+    def kept(self) -> int:
+        """Chunks that keep their graphs."""
+        return min(self.chunks, graphs_that_fit(self.memory, self.graph_bytes * self.chunk))
+
+    def sent(self, summed: float, gathered: float = 0.0) -> int:
+        """Bytes that a rank sends where so many are summed and gathered: 2(K-1)/K and (K-1)/K of them, in a ring."""
+        return int((self.ranks - 1) / self.ranks * (2 * summed + gathered))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one quantity took in a rehearsal: beside `products`, so many passes over the data and seconds."""
+
+    products: int
+    passes: float
+    seconds: float
+    fixed: float  # bytes that are as many for any number of examples
+    summed: int
+    gathered: int
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A measurement of some of the examples, from which follows what it costs for all, or at another size.
+
+    Attributes:
+        size: of the objective.
+        some, chunk: the examples of the rehearsal, and those of a whole chunk.
+        here, whole: seconds of a gradient and of a product, of either.
+        slopes: bytes of workspace per example, of a gradient and of a product.
+        captured: bytes per example that are kept of example gradients.
+        overhead: seconds of each quantity beside its own.
+        vector: bytes of a vector of all parameters.
+    """
+
+    size: Size
+    some: int
+    chunk: int
+    here: tuple[float, float]
+    whole: tuple[float, float]
+    slopes: tuple[float, float]
+    captured: float
+    overhead: float
+    vector: int
+    parts: Mapping[str, _Part]
+
+    def price(self, count: float) -> tuple[float, float]:
+        """Seconds of a gradient and of a product, of so many examples."""
+        little = min(1.0, count / self.some)
+        gradient, product = (max(a * little, count / self.chunk * b) for a, b in zip(self.here, self.whole, strict=True))
+        return gradient, product
+
+    def costs(self, to: Size | None = None) -> dict[str, Cost]:
+        """By name, and in all under ""; at the size of the objective, or at another."""
+        to = to or self.size
+        larger, heavier = to.params / self.size.params, to.graph_bytes / self.size.graph_bytes
+        gradient, product = (seconds / to.speed for seconds in self.price(to.share * to.work))
+        product += (1 - to.kept / to.chunks) * gradient  # graphs that do not fit are rebuilt
+        others = to.graph_bytes * to.chunk * (min(to.chunks, to.kept + 1) - 1)
+        others += min(self.captured * heavier * to.share, to.memory // 4)
+        costs = {}
+        for name, part in self.parts.items():
+            among_data = part.passes * self.here[0] > part.seconds / 2
+            if among_data:
+                rest = part.seconds * gradient / self.here[0]
+            else:  # the solver's own work
+                passing = part.passes * self.here[0]
+                rest = max(0.0, part.seconds - passing) * larger / to.speed + part.passes * gradient
+            seconds = (self.overhead + rest) + part.products * product
+            held = part.fixed * larger
+            workspace = self.slopes[part.products > 0] * heavier * to.chunk
+            costs[name] = Cost(
+                part.products, to.chunks, seconds, int(held + workspace + others), seconds / gradient,
+                part.fixed / self.vector,
+                to.sent(part.summed * larger, part.gathered * to.examples / self.some),
+            )  # fmt: skip
+        return costs | {"": _in_all(costs, to.chunks)}
 
 
 def rehearse(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, Cost]:
-    """What a plan will cost at a snapshot, by name, and in all under "".
+    """What a plan will cost at a snapshot, by name, and in all under ""; see `rehearsal`."""
+    return rehearsal(at, plan).costs()
 
-    The plan is carried out at the same point for an eighth of the examples or one chunk at most, and a gradient and a
-    product are timed there and on a whole chunk. The number of products is taken over. A product will cost what it costs on
-    all of the data; what goes into passes over the data grows like the gradient; the solver's own work, which depends on
-    the number of parameters alone, stays. The peak is what operations allocate at most while the plan is carried out there,
-    and what more data add to it: graphs that will be kept, the workspace of a whole chunk, what is captured of example
-    gradients. It is that of live tensors; an allocator that holds on to freed memory has more.
+
+def rehearsal(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> Rehearsal:
+    """A plan carried out at the same point for an eighth of the examples or one chunk at most.
+
+    A gradient and a product are timed there and on a whole chunk. The number of products is taken over. A product will cost
+    what it costs on all of the data; what goes into passes over the data grows like the gradient; the solver's own work,
+    which depends on the number of parameters alone, stays. The peak is what operations allocate at most while the plan is
+    carried out there, and what more data add to it: graphs that will be kept, the workspace of a whole chunk, what is
+    captured of example gradients. It is that of live tensors; an allocator that holds on to freed memory has more.
     """
     L, chunk = at.objective, min(at.objective.size, at.objective.chunk_size)
     some = max(1, min(-(-L.size // 8), chunk))
-    part = _restricted(at, some)
+    part, full = _restricted(at, some), _restricted(at, chunk)
     here = _prices(part)
-    whole = here if some == chunk else _prices(_restricted(at, chunk))
+    whole = here if some == chunk else _prices(full)
     with Allocations() as memory:
-        passes, elapsed, peaks = _rehearsed(part, plan, memory)
+        found, elapsed = _rehearsed(part, plan, memory)
     captured = getattr(part._shared.get("examples"), "_kept_bytes", 0)
     if elapsed < QUICK:  # what is slow only once, and the counting of bytes, would be a large part of it
-        part = part.anew(carry={})
-        passes, elapsed, _ = _rehearsed(part, plan)
-    overhead = max(0.0, elapsed - sum(m.seconds for m in part.measurements.values())) / len(plan)
-    chunks = len(L.pieces(size=L.chunk_size))
-    kept = min(chunks, L.graphs_that_fit)
-    gradient, product = (max(a, L.size / chunk * b) for a, b in zip(here, whole, strict=True))
-    product += (1 - kept / chunks) * gradient  # graphs that do not fit are rebuilt
-    others = L.graph_bytes * chunk * (min(chunks, kept + 1) - 1)
-    others += max(0, min(captured * L.size // some, L.memory // 4) - captured)
-    sizes = [_peaks(part), _peaks(part if some == chunk else _restricted(at, chunk))]
-    workspace = [large - small for small, large in zip(*sizes, strict=True)]
-    costs = {}
-    for name, m in part.measurements.items():
-        rest = max(0.0, m.seconds - m.matvecs * here[1])  # passes over the data, or the solver's own work
-        among_data = passes[name] * here[0] > rest / 2
-        rest = rest * gradient / here[0] if among_data else rest + passes[name] * (gradient - here[0])
-        seconds = overhead + rest + m.matvecs * product
-        costs[name] = Cost(m.matvecs, chunks, seconds, int(peaks[name] + workspace[m.matvecs > 0] + others))
-    products, seconds = (sum(column) for column in zip(*((c.products, c.seconds) for c in costs.values()), strict=True))
-    costs[""] = Cost(int(products), chunks, seconds, max(c.bytes for c in costs.values()))
+        part = part.anew(carry=_no_carry(at))
+        again, elapsed = _rehearsed(part, plan)
+        found = {name: replace(again[name], fixed=found[name].fixed) for name in plan}
+    overhead = max(0.0, elapsed - sum(p.seconds for p in found.values())) / len(plan)
+    few = some if some < chunk else max(1, some // 2)
+    small, large = _peaks(part if few == some else _restricted(at, few)), _peaks(full)
+    slopes = (large[0] - small[0]) / max(1, chunk - few), (large[1] - small[1]) / max(1, chunk - few)
+    parts = {}
+    for name, p in found.items():
+        held = p.fixed - slopes[p.products > 0] * some - captured
+        parts[name] = replace(p, seconds=max(0.0, p.seconds - p.products * here[1]), fixed=max(0.0, held))
     part.release()
-    return costs
+    size = Size(L.size, L.num_params, L.graph_bytes, L.memory, L.given_chunk_size)
+    return Rehearsal(
+        size, some, chunk, here, whole, slopes, captured / some, overhead, L.num_params * L.dtype.itemsize, parts
+    )
+
+
+def _in_all(costs: Mapping[str, Cost], chunks: int) -> Cost:
+    found = list(costs.values())
+    return Cost(
+        sum(c.products for c in found), chunks, sum(c.seconds for c in found), max(c.bytes for c in found),
+        sum(c.gradients for c in found), max(c.vectors for c in found), sum(c.sent for c in found),
+    )  # fmt: skip
 
 
 def _rehearsed(
-    part: Snapshot, plan: Mapping[str, Mapping[str, Any]], memory: Allocations | None = None
-) -> tuple[dict[str, float], float, dict[str, int]]:
-    """Measure at the snapshot; passes over its data by name, seconds, and the most bytes by name where they are counted."""
-    passes, peaks = {}, {}
+    at: Snapshot, plan: Mapping[str, Mapping[str, Any]], memory: Allocations | None = None
+) -> tuple[dict[str, _Part], float]:
+    """Measure at the snapshot: what each took, its peak where bytes are counted, and all seconds."""
+    found, ranks = {}, at.objective.ranks
     started = time.perf_counter()
     for name, options in plan.items():
         if memory:
             memory.peak = memory.now
-        with _passes(part.objective) as seen:
-            evaluate(part, {name: options})
-        passes[name] = sum(seen) / part.objective.size
-        peaks[name] = memory.peak if memory else 0
-    return passes, time.perf_counter() - started, peaks
+        summed, gathered = ranks.summed, ranks.gathered
+        with _passes(at.objective) as seen:
+            m = evaluate(at, {name: options})[name]
+        sums = ranks.summed - summed, ranks.gathered - gathered
+        found[name] = _Part(m.matvecs, sum(seen) / at.objective.size, m.seconds, memory.peak if memory else 0, *sums)
+    return found, time.perf_counter() - started
 
 
 def _peaks(at: Snapshot) -> tuple[int, int]:
     """Bytes at most during a gradient with its graph, and during a product."""
-    at = at.anew(carry={})
+    at = at.anew(carry=_no_carry(at))
     with Allocations() as memory:
         v = at.gradient
         gradient = memory.peak
@@ -110,7 +249,12 @@ def _restricted(at: Snapshot, count: int) -> Snapshot:
     L = at.objective if count == n else at.objective.restricted(torch.arange(count) * n // count)  # data may be sorted
     b = at.batch_size
     fitting = tuple(_share(x, count, n) for x in b) if isinstance(b, tuple) else b and _share(b, count, n)
-    return at.anew(objective=L, batch=None, batch_size=fitting, carry={})
+    return at.anew(objective=L, batch=None, batch_size=fitting, carry=_no_carry(at))
+
+
+def _no_carry(at: Snapshot) -> dict[Any, Any] | None:
+    """Nothing left by earlier snapshots, at a point of a run as at one on its own."""
+    return None if at.carry is None else {}
 
 
 def _share(batch_size: int, count: int, n: int) -> int:
@@ -142,7 +286,10 @@ def _prices(at: Snapshot) -> tuple[float, float]:
     return found
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as text, such as "40 s"."""
     if seconds < 1:
         return f"{1e3 * seconds:.{0 if seconds > 0.01 else 1}f} ms"
-    return f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    if seconds < 6000:
+        return f"{seconds:.2g} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.3g} hours"

@@ -48,6 +48,16 @@ def require(count: int, device: torch.device, what: str, fix: str) -> None:
         raise MemoryError(f"{what} takes {readable(count)}, and {readable(free)} are free on {device}; {fix}")
 
 
+def chunk_that_fits(memory: int, graph_bytes: float, examples: int, given: int | None = None) -> int:
+    """Examples evaluated at once: as given, or so many that one kept graph takes at most a quarter of the budget."""
+    return max(1, min(examples, given or int(memory / 4 / graph_bytes)))
+
+
+def graphs_that_fit(memory: int, nbytes: float) -> int:
+    """How many chunks may keep a gradient graph of so many bytes in half of the budget."""
+    return int(memory / 2 / max(1.0, nbytes))
+
+
 def readable(count: int) -> str:
     """Bytes as text, such as "1.5 GiB"."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.3g} MiB"

@@ -20,7 +20,7 @@ from . import checks, derivatives
 from .batches import Examples, batch_size, leaves, take, tree_map
 from .guard import functional_call, measuring, out_of_memory, seed_everything
 from .losses import Averaged, BatchLoss, Loss, convention, correct, cross_entropy, logits, reads_logits, resolve
-from .memory import require
+from .memory import chunk_that_fits, graphs_that_fit, require
 from .ranks import Ranks
 from .sharded import Constants, found_in, gathered, parameters
 from .unwrap import unwrap
@@ -255,7 +255,7 @@ class Objective:
     def mean(self, count: int, *totals: Tensor) -> list[Tensor]:
         """Sums over `count` examples of this rank as means over those of all ranks; the sums are overwritten."""
         if self.ranks.count == 1:
-            return [total.div_(count) for total in totals]
+            return [total.div_(count) for total in self.ranks.sum(*totals)]
         *sums, n = self.ranks.sum(*totals, torch.tensor(count, dtype=torch.float64, device=self.device))
         return [total.div_(n) for total in sums]
 
@@ -537,7 +537,7 @@ class Objective:
             return min(self.given_chunk_size, self.size)
         if self.coupled:
             return self.size
-        return max(1, min(self.size, int(self.memory / 4 / self.graph_bytes)))
+        return chunk_that_fits(self.memory, self.graph_bytes, self.size)
 
     def halve(self, error: BaseException) -> bool:
         """Whether memory has ended, and half as many examples at once, with half the budget, may do: so it is from now on.
@@ -579,7 +579,7 @@ class Objective:
     @property
     def graphs_that_fit(self) -> int:
         """How many chunks may keep a gradient graph in half of `memory`."""
-        return int(self.memory / 2 / max(1.0, self.graph_bytes * self.chunk_size))
+        return graphs_that_fit(self.memory, self.graph_bytes * self.chunk_size)
 
     # -- internals --------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ class Ranks:
 
     Attributes:
         rank, count: this process among how many.
+        summed, gathered: bytes so far of what was summed, and of all rows that were gathered; one process sends none of it.
 
     Raises:
         ValueError: torch.distributed is not initialised, or this process is not in the group.
@@ -38,6 +39,7 @@ class Ranks:
 
     def __init__(self, group: Any = None) -> None:
         self.rank, self.count, self._group = 0, 1, None
+        self.summed = self.gathered = 0
         if group is None:
             return
         if not (dist.is_available() and dist.is_initialized()):
@@ -56,6 +58,7 @@ class Ranks:
 
     def sum(self, *tensors: Tensor) -> list[Tensor]:
         """The sums over ranks, in one message for each dtype."""
+        self.summed += sum(t.nbytes for t in tensors)
         if self.count == 1:
             return list(tensors)
         out = list(tensors)
@@ -70,6 +73,7 @@ class Ranks:
 
     def gather(self, rows: Tensor, n: int) -> Tensor:
         """The rows of all ranks in their order, (n, ...), from those of `part(n)`."""
+        self.gathered += n * rows.shape[1:].numel() * rows.itemsize
         if self.count == 1:
             return rows
         sizes = [part.stop - part.start for part in (self._part(rank, n) for rank in range(self.count))]

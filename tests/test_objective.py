@@ -1422,6 +1422,7 @@ OWN_TESTS |= {
     "docs",
     "ranks",
     "sharded",
+    "planning",
     "files",
     "trainer",
 }

@@ -357,7 +357,7 @@ LAYERS = (
     {"claims", "problems", "integrations", "compat"},
     {"plots"},
     {"report"},
-    {"sweep"},
+    {"sweep", "planning"},
     {"command_line"},
     {"docs"},
     {"cli"},

@@ -14,6 +14,8 @@ USAGE = """usage: curvlab COMMAND ...
   measure RUN [options]     measure the final point of a run
   measure --model package.module:make_model --data package.module:make_data [--checkpoint FILE] [options]
                             measure a model of one's own
+  plan RUN|--model ...|--params 7e9 --tokens 2048 [--ranks 64] [options]
+                            products, memory, messages and time of a measurement, before it is paid for
   verify RUN|--model ...    every quantity on a small copy against dense references
   bench hvp RUN|--model ...|--problem NAME
                             how fast Hessian-vector products are by every engine, and which one to take
@@ -28,13 +30,15 @@ USAGE = """usage: curvlab COMMAND ...
   list                      presets, studies, diagnostics, regularizers, methods, models, data sets and claims
 
 `curvlab COMMAND --help` lists the options of a command. Exit status: 0 where all went well, 1 where a run diverged
-(`run`) or failed (`sweep`), 2 for a mistake or a file that cannot be read, 130 after Ctrl-C.
+(`run`) or failed (`sweep`) or a measurement would not fit (`plan`), 2 for a mistake or a file that cannot be read, 130 after
+Ctrl-C.
 """
 
 COMMANDS = {
     "run": "running",
     "sweep": "sweeping",
     "measure": "points",
+    "plan": "planning",
     "landscape": "points",
     "bench": "benching",
     "verify": "verifying",
