@@ -71,7 +71,7 @@ class Contest:
     def starts(self, compiled: bool) -> dict[str, Start]:
         """Candidates by name; the first is what the others' products are compared with."""
         L, w = self.L, self.L.params()
-        engines = (*EAGER, *(("compiled",) if compiled else ()))
+        engines = [engine for engine in EAGER if engine != "differences"] + ["compiled"] * compiled  # those that are exact
         found: dict[str, Start] = {f"curvlab {engine}": engine_start(L, w, engine) for engine in engines}
         found["scipy (curvlab)"] = self.scipy
         found["by hand"] = self.by_hand

@@ -92,6 +92,8 @@ def undifferentiable(L: Objective, error: RuntimeError) -> str | None:
     line = str(error).strip().splitlines()[0]
     instead = next((text for part, text in _INSTEAD.items() if part in line.lower()), None)
     fix = f"write {instead}" if instead else "write it with operations that can be differentiated twice"
+    if "support backward" not in line:  # the first derivative is there
+        fix += ', or take products of H by engine="differences", which are approximate and need first derivatives only'
     return f"{_origin(L)} cannot be differentiated twice by PyTorch ({line}); in its place {fix}"
 
 

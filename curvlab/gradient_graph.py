@@ -23,6 +23,7 @@ from .replay import Replay, new_pool
 
 CAPTURES_ON = ("cuda",)  # devices on which recordings are replayed as graphs of the device's own
 SHAPES = 8  # recordings of one objective
+DIFFERENCE_STEPS = {torch.float64: 1e-6, torch.float32: 1e-2}  # length of a step of w between two gradients
 STRIKES = 3  # points at which a recording was not the function any more, after which none is made
 _log = logging.getLogger("curvlab")
 
@@ -95,6 +96,33 @@ def jvp_of_gradient(objective: Objective, w: Tensor, chunk: Chunk, v: Tensor) ->
     params = objective.split(w)
     gradient = torch.func.grad(lambda p: objective.losses(p, chunk).sum())
     return objective.join(torch.func.jvp(gradient, (params,), (objective.split(v.contiguous()),))[1])
+
+
+class GradientAlone(ChunkGradient):
+    """By autograd, without what products need."""
+
+    def __init__(self, objective: Objective, params: list[Tensor], chunk: Chunk) -> None:
+        losses = objective.losses(params, chunk)
+        self.objective, self.losses, self.grads = objective, losses.detach(), objective.grads(losses.sum(), params)
+
+
+def half_difference(objective: Objective, w: Tensor, chunk: Chunk, step: Tensor) -> Tensor:
+    """(∇L(w + step) - ∇L(w - step))/2 of the summed loss of a chunk, (P,): H step, but for terms of third order."""
+    above, below = (GradientAlone(objective, objective.leaves_at(at), chunk).gradient for at in (w + step, w - step))
+    return (above - below) / 2
+
+
+def without_padding(L: Objective, V: Tensor) -> Tensor:
+    """V, (P,) or (P, K), with zeros for the padding rows of embeddings, which backward passes take for constants."""
+    layers = (m for m in L.model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+    rows = {id(m.weight): m.padding_idx for m in layers if m.padding_idx is not None}
+    if not rows:
+        return V
+    free = torch.ones(L.num_params, dtype=V.dtype, device=V.device)
+    for p, part in zip(L.variables(), L.split(free), strict=True):
+        if id(p) in rows:
+            part[rows[id(p)]] = 0
+    return V * (free if V.ndim == 1 else free[:, None])
 
 
 class TracedGradient(ChunkGradient):

@@ -291,6 +291,18 @@ class Dense:
     def along_step(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         return torch.stack([function(self.w - alpha * self.lr * self.g) for alpha in ALPHAS])
 
+    def critical_step(self) -> Tensor:
+        """Where the loss along the preconditioned gradient first comes back to its start; NaN if it does not."""
+        d = self.g / self.divisor()
+        start, step = self.value(self.w), 0.05 * self.g @ d / (d @ self.H @ d).abs()
+        steps = [i * step for i in range(1, 2000)]
+        low = high = next((t for t in steps if self.value(self.w - t * d) > start), step * math.nan)
+        low = low - step
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.value(self.w - middle * d) > start else (middle, high)
+        return high
+
     @cached_property
     def hessians_along_step(self) -> list[Tensor]:
         return [self.hessian_of(self.value, self.w - alpha * self.lr * self.g) for alpha in ALPHAS]
@@ -377,6 +389,8 @@ DEFINITIONS: dict[str, Definition] = {
     "batch_sharpness": lambda d, b, r: (d.batch_curvatures(b, r) / d.batch_gradients(b, r).square().sum(1)).mean(),
     "batch_sharpness_of_means": lambda d, b, r: d.batch_curvatures(b, r).mean() / d.S(b, r).trace(),
     "secant_sharpness": lambda d, b, r: d.secant(),
+    "critical_sharpness": lambda d, b, r: 2 / d.critical_step(),
+    "difference_sharpness": lambda d, b, r: d.g @ d.H @ d.g / (d.g @ d.g),
     "gradient_cosine": lambda d, b, r: cosine(d.g, d.gradient_at(d.w_before())),
     "batch_gradient_cosine": lambda d, b, r: cosine(d.drawn, d.G[0]),
     "directional_sharpness": lambda d, b, r: torch.stack([d.g @ H @ d.g for H in d.hessians_along_step]) / (d.g @ d.g),
@@ -429,6 +443,7 @@ def accurate(d: Dense) -> dict[str, dict[str, Any]]:
             name: tol | {"k": d.k} for name in ("hessian_eigenvalues", "gradient_top_share", "batch_gradient_top_share")
         },
         "layer_sharpness": tol,
+        **dict.fromkeys(("critical_sharpness", "difference_sharpness"), tol),
         "ntk_eigenvalues": tol | {"k": min(5, len(d.w), d.outputs_count)},
         "covariance_overlap": tol | {"k": spread(d, 4)},
         "gradient_covariance_eigenvalues": {"k": spread(d)},

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .batches import tree_map
-from .gradient_graph import GradientGraph, jvp_of_gradient
+from .gradient_graph import DIFFERENCE_STEPS, GradientAlone, GradientGraph, jvp_of_gradient, without_padding
 from .guard import out_of_memory
 from .linalg.probes import generator, normal
 from .objective import Chunk, Objective
@@ -24,33 +24,43 @@ EXAMPLES, STEP, TOLERANCE = 8, 1e-6, 1e-4
 DIRECTIONS = 3  # a kink beside the point spoils one of them
 LENGTHS = (0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3)  # of steps, where there is no float64
 _ROUNDING = 100 * torch.finfo(torch.float64).eps / STEP  # of a central difference, relative to what is subtracted
+_WAY_OUT = ', or pass engine="differences", whose products are approximate and need first derivatives only'
 _log = logging.getLogger("curvlab")
 
 
 def check_products(
-    L: Objective, w: Tensor, *, forward: bool = False, constants: dict[str, Tensor] | None = None
+    L: Objective, w: Tensor, *, engine: str = "graph", constants: dict[str, Tensor] | None = None
 ) -> None:
     """Check the Hessian-vector products of an objective at w, where its `check` asks for it; `L.checked` has the result.
 
     Costs a product and two gradients of at most 8 examples. They are evaluated as all else is, on copies of parameters and
     buffers, here in float64, where relative errors are 1e-8 even for wide relu networks, and 0.1-1 for what is wrong. Where
     float64 is impossible, second differences of the loss may confirm the products; otherwise they are 'unchecked'.
+    Of products that are differences of the gradient themselves, only the gradient is checked, against the loss, and the
+    result is `L.outcomes["gradient"]`.
 
     Args:
-        forward: whether products are forward-mode derivatives of the gradient, instead of a second backward pass.
+        engine: of the products.
         constants: what the model reads beside the variables at w, as `Objective.constants` gave it.
 
     Raises:
         ValueError: products that are no derivatives of the gradient, naming the Function, its module, and the fix.
     """
-    if L.check == "never" or (L.check == "first" and L.checked):
+    what = checked_of(engine)
+    before = L.outcomes.get(what)
+    if L.check == "never" or (L.check == "first" and before):
         return
     with L.measuring():
-        found = _verdict(L, w, forward, L.constants() if constants is None else constants)
-    if found.startswith("unchecked") and found != L.checked:
+        found = _verdict(L, w, engine, L.constants() if constants is None else constants)
+    if found.startswith("unchecked") and found != before:
         _log.warning("Hessian-vector products are %s", found)
     if found:
-        L.outcomes["products"] = found
+        L.outcomes[what] = found
+
+
+def checked_of(engine: str) -> str:
+    """What of an objective is checked for an engine, as its `outcomes` name it."""
+    return "gradient" if engine == "differences" else "products"
 
 
 def check_outputs(L: Objective) -> None:
@@ -76,32 +86,25 @@ class _Point:
     L: Objective
     w: Tensor
     chunk: Chunk
-    forward: bool
+    engine: str
 
     def losses(self) -> Tensor:
         return self.L.losses(self.L.leaves_at(self.w), self.chunk)
 
     def at(self, w: Tensor) -> tuple[float, Tensor]:
         """Loss and gradient, (P,)."""
-        params = self.L.leaves_at(w)
-        losses = self.L.losses(params, self.chunk)
-        return float(losses.detach().double().sum()), self.L.join(self.L.grads(losses.sum(), params))
+        point = GradientAlone(self.L, self.L.leaves_at(w), self.chunk)
+        return float(point.value), point.gradient
 
     def product(self, v: Tensor) -> Tensor:
-        if self.forward:
+        if self.engine == "forward_over_reverse":
             return jvp_of_gradient(self.L, self.w, self.chunk, v)
+        if self.engine == "differences":
+            return _difference(self, v, DIFFERENCE_STEPS[self.L.dtype]).change
         return GradientGraph(self.L, self.L.leaves_at(self.w), self.chunk).product(v)
 
     def unit(self, k: int) -> Tensor:
-        v = normal([self.L.num_params], self.w, generator=generator("self-check", k))
-        padding = {
-            id(m.weight): m.padding_idx
-            for m in self.L.model.modules()
-            if isinstance(m, nn.Embedding) and m.padding_idx is not None
-        }
-        for p, part in zip(self.L.variables(), self.L.split(v), strict=True):
-            if id(p) in padding:  # a row that is a constant, by the layer's definition
-                part[padding[id(p)]] = 0
+        v = without_padding(self.L, normal([self.L.num_params], self.w, generator=generator("self-check", k)))
         return v / v.norm()
 
     def random(self) -> bool:
@@ -126,12 +129,12 @@ def _difference(at: _Point, v: Tensor, h: float) -> _Difference:
     return _Difference((above - below) / (2 * h), along, (up - down) / (2 * h), abs(above), float(up.norm()))
 
 
-def _verdict(L: Objective, w: Tensor, forward: bool, constants: dict[str, Tensor]) -> str:
+def _verdict(L: Objective, w: Tensor, engine: str, constants: dict[str, Tensor]) -> str:
     """ "ok", "warned: ..." or "unchecked: ..."; nothing at a point that is not finite, or where products raise errors."""
     count = max(1, min(EXAMPLES, int(L.memory / 8 / L.graph_bytes)))
     floats = 8 * L.num_params + sum(t.numel() for t in constants.values() if t.is_floating_point())
     if L.dtype == torch.float64 or 8 * floats <= L.memory:
-        found, why = _attempt(L.double(), w, forward, constants, count, _by_gradients)
+        found, why = _attempt(L.double(), w, engine, constants, count, _by_gradients)
         if found and not found.startswith("unchecked"):
             return found
         why = why or found.removeprefix("unchecked: ")
@@ -139,12 +142,12 @@ def _verdict(L: Objective, w: Tensor, forward: bool, constants: dict[str, Tensor
         found, why = "", f"copies in float64 take more than memory={L.memory}"
     if L.dtype == torch.float64 or not why:
         return found
-    again, failed = _attempt(L, w, forward, constants, count, lambda at: _by_losses(at, why))
+    again, failed = _attempt(L, w, engine, constants, count, lambda at: _by_losses(at, why))
     return "" if failed else again
 
 
 def _attempt(
-    L: Objective, w: Tensor, forward: bool, constants: dict[str, Tensor], count: int, judge: Callable[[_Point], str]
+    L: Objective, w: Tensor, engine: str, constants: dict[str, Tensor], count: int, judge: Callable[[_Point], str]
 ) -> tuple[str, str]:
     """What `judge` says, or why it could not: with fewer examples where memory ends."""
     index = torch.arange(L.examples.offsets[0], L.examples.offsets[-1])  # of this rank
@@ -155,7 +158,7 @@ def _attempt(
         try:
             with L.measuring(tree_map(L._place, constants)):
                 chunk = L.place(L.pieces(index[:count])[0])
-                return judge(_Point(L, L.point(w), chunk, forward)), ""
+                return judge(_Point(L, L.point(w), chunk, engine)), ""
         except (RuntimeError, TypeError, NotImplementedError) as error:
             if not out_of_memory(error) or count == 1:
                 return "", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
@@ -181,14 +184,14 @@ def _by_gradients(at: _Point) -> str:
         if steady and (not tilted or abs(nearer.slope - near.slope) <= gap / 10):
             found = origins(at.L, at.losses)
             if bent:
-                _refuse_once(found, "Hessian-vector products are", off / size)
+                _refuse_once(found, "Hessian-vector products are", off / size, _WAY_OUT)
             if tilted:
                 return _warn(found, gap / max(abs(near.slope), abs(near.along)))
             raise ValueError(
                 f"Hessian-vector products are wrong by {off / size:.2g} of their size, although the gradient is right: a "
                 f"backward pass takes for constant what depends on the parameters. {_suspects(found)} Save inputs and "
                 "outputs with ctx.save_for_backward and compute the backward pass from them by differentiable operations, "
-                "not from detached copies, or write the Function as plain operations"
+                f"not from detached copies, or write the Function as plain operations{_WAY_OUT}"
             )
         if at.random():
             raise ValueError(
@@ -215,7 +218,8 @@ def _by_losses(at: _Point, why: str) -> str:
             return _warn(origins(at.L, at.losses), abs(slope - along) / max(abs(slope), abs(along)))
     if bend is not None and abs(bend - curvature) <= 0.05 * abs(bend):
         return f"ok: by differences of the loss in {at.L.dtype}"
-    _refuse_once(origins(at.L, at.losses), "Hessian-vector products are")
+    if at.engine != "differences":
+        _refuse_once(origins(at.L, at.losses), "Hessian-vector products are", way_out=_WAY_OUT)
     said = "do not settle" if bend is None else f"give {bend:.4g}, and the products {curvature:.4g}"
     return f"unchecked: float64 is impossible here ({why}), and second differences of the loss in {at.L.dtype} {said}"
 
@@ -228,14 +232,14 @@ def _settled(differences: list[tuple[float, float]], noise: float, tolerance: fl
     return best if gap <= tolerance * abs(best) else None
 
 
-def _refuse_once(found: Origins, what: str, error: float | None = None) -> None:
+def _refuse_once(found: Origins, what: str, error: float | None = None, way_out: str = "") -> None:
     once = [str(f) for f in found.functions if f.once]
     if once:
         by = "" if error is None else f" by {error:.2g} of their size"
         raise ValueError(
             f"{what} wrong{by}: the backward pass of {', '.join(once)} is marked @once_differentiable, so PyTorch takes "
             "it for constant. Remove the mark and write backward with differentiable operations on tensors saved by "
-            "ctx.save_for_backward, or write the Function as plain operations"
+            f"ctx.save_for_backward, or write the Function as plain operations{way_out}"
         )
 
 

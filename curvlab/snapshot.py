@@ -51,6 +51,7 @@ class Snapshot:
             on its own. A diagnostic keeps its state under its own key.
         measurements: by name, filled in as they are made.
         alone: seconds that each of them would take on its own, with what others had computed for it.
+        errors: of the products by differences that went into what was asked for, in that order; see `LinearOperator`.
     """
 
     objective: Objective
@@ -76,6 +77,8 @@ class Snapshot:
     measurements: dict[str, Measurement] = field(default_factory=dict)
     _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     alone: dict[str, float] = field(default_factory=dict)
+    errors: list[tuple[float, float]] = field(default_factory=list, repr=False)
+    _inherited: dict[Hashable, list[tuple[float, float]]] = field(default_factory=dict, repr=False)
     _prices: dict[Hashable, float] = field(default_factory=lambda: {"": 0.0}, repr=False)
     _asked: set[Hashable] = field(default_factory=set, repr=False)
     _count: list[int] = field(default_factory=lambda: [0], repr=False)
@@ -87,18 +90,22 @@ class Snapshot:
         else is measured.
         """
         if key not in self._shared:
-            started, spared = time.perf_counter(), self._prices[""]
+            started, spared, before = time.perf_counter(), self._prices[""], len(self.errors)
             self._shared[key] = compute()
             self._prices[key] = time.perf_counter() - started + self._prices[""] - spared
-        elif key not in self._asked:
-            self._prices[""] += self._prices[key]
+            self._inherited[key] = self.errors[before:]
+        else:
+            self.errors.extend(self._inherited[key])
+            if key not in self._asked:
+                self._prices[""] += self._prices[key]
         self._asked.add(key)
         return self._shared[key]
 
     def anew(self, **changes: Any) -> Snapshot:
         """The same point, with some fields changed, of which nothing is computed yet."""
         empty: dict[str, Any] = {
-            "known": None, "measurements": {}, "alone": {}, "_shared": {}, "_prices": {"": 0.0}, "_asked": set(),
+            "known": None, "measurements": {}, "alone": {}, "errors": [], "_inherited": {}, "_shared": {},
+            "_prices": {"": 0.0}, "_asked": set(),
         }  # fmt: skip
         return replace(self, **{**empty, "_count": [0], **changes})
 
@@ -210,12 +217,14 @@ class Snapshot:
     @property
     def _products(self) -> HessianProducts:
         def compute() -> HessianProducts:
-            expected = None if self.carry is None else MANY
-            return HessianProducts(
-                self.objective, self.w, engine=self.engine, listens=self._listens, expected=expected
-            )
+            return self.products(listens=self._listens, expected=None if self.carry is None else MANY)
 
         return self.shared("products", compute)
+
+    def products(self, w: Tensor | None = None, **options: Any) -> HessianProducts:
+        """Products with the Hessian at w (default: here), by the engine of the snapshot. Options as `HessianProducts`."""
+        w = self.w if w is None else w
+        return HessianProducts(self.objective, w, engine=self.engine, errors=self.errors, **options)
 
     def counted(self, A: LinearOperator) -> LinearOperator:
         """The same matrix, whose products are added to `matvecs`."""

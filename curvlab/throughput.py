@@ -6,13 +6,13 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
-from .hvp import ENGINES, Engine, HessianProducts
+from .hvp import ENGINES, KEEP_NOTHING, Engine, HessianProducts
 from .linalg.probes import generator, normal
 from .objective import Objective
 from .timing import Spread, Stages, column, one_stage, synchronize, timed
@@ -91,7 +91,8 @@ def throughput(
     made: dict[str, tuple[str, int, str]] = {}
     starts: dict[str, Start] = {engine: engine_start(L, w, engine, made) for engine in engines}
     v = probe(L)
-    HessianProducts(L, w, engine="double_backward").matmat(v[:, None])  # what torch sets up once is no engine's
+    with suppress(ValueError):  # no second derivative, or a wrong one
+        HessianProducts(L, w, engine="double_backward").matmat(v[:, None])  # what torch sets up once is no engine's
     _ = L.graph_bytes
     with _notes() as log:
         found = compare(lambda: L.gradient(w), starts, v, rounds=rounds, log=log)
@@ -153,13 +154,16 @@ def compare(
 def recommended(speeds: Sequence[Speed], *, products: int = 20, points: int = 1) -> Speed:
     """The engine that takes least time for so many products at each of so many points, with what comes before them.
 
+    Differences, which are approximate, only where nothing else works.
+
     Raises:
         ValueError: none of them works.
     """
     working = [speed for speed in speeds if speed.first is not None and speed.used == speed.name]
     if not working:
         raise ValueError(f"no engine works: {'; '.join(f'{s.name}: {s.note}' for s in speeds)}")
-    return min(working, key=lambda speed: speed.seconds(products, points))
+    exact = [speed for speed in working if speed.name != "differences"]
+    return min(exact or working, key=lambda speed: speed.seconds(products, points))
 
 
 def probe(L: Objective) -> Tensor:
@@ -176,9 +180,9 @@ def engine_start(L: Objective, w: Tensor, engine: Engine, made: dict[str, tuple[
         products = HessianProducts(own, w, engine=engine)
         products.value_and_gradient()
         kept, chunks = products.kept, len(products.chunks)
-        all_kept = kept == chunks or engine in ("double_backward", "forward_over_reverse")
+        note = "" if kept == chunks or engine in KEEP_NOTHING else f"keeps {kept} of {chunks} chunks"
         if made is not None:
-            made[engine] = products.engine, products.nbytes, "" if all_kept else f"keeps {kept} of {chunks} chunks"
+            made[engine] = products.engine, products.nbytes, "approximate" if engine == "differences" else note
         return lambda v: products.matmat(v[:, None])[:, 0]
 
     return start

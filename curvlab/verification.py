@@ -152,7 +152,7 @@ def verified(
     names = _small_enough(whole, max_parameters)
     L, test = _shrunk(whole, whole.point(w), names, examples)
     dense = Dense(L, test)
-    dense.lr = lr or 0.5 / max(1e-9, float(dense.eigenvalues[-1]))
+    dense.lr = lr or 0.5 / max(1e-9, float(dense.eigenvalues[-1].detach()))
     rows = [_products(whole, whole.point(w)), *(_compared(name, dense, min(batch_size, L.size), seed) for name in plan)]
     part = f"{L.num_params} parameters"
     if len(names) < len(whole.names):

@@ -25,7 +25,8 @@ from curvlab.hvp import ENGINES
 
 DOUBLE = torch.float64
 
-EAGER = [engine for engine in ENGINES if engine != "compiled"]  # compiling takes tens of seconds a graph
+# Compiling takes tens of seconds a graph, and differences are approximate.
+EAGER = [engine for engine in ENGINES if engine not in ("compiled", "differences")]
 
 
 @dataclass(frozen=True)

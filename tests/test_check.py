@@ -54,7 +54,7 @@ def test_no_false_alarm_on_the_table_of_models(case, mode):
         assert L.checked == "ok"
         if case.forward_mode:
             L.outcomes.clear()
-            check_products(L, L.params(), forward=True)
+            check_products(L, L.params(), engine="forward_over_reverse")
             assert L.checked == "ok"
 
 

@@ -159,8 +159,9 @@ def test_definition_of_the_density():
     assert np.trapezoid(m.value, grid) == pytest.approx(1, abs=1e-3)
 
 
-# Spread over examples needs two of them.
+# Spread over examples needs two of them, and a loss that rises in the end along its gradient.
 NEEDS_TWO = {
+    "critical_sharpness",
     "gradient_covariance_effective_rank",
     "example_gradient_cosine",
     "gradient_variance_top_share",

@@ -181,7 +181,7 @@ def test_costs_of_the_estimators_are_those_counted():
     rows = re.findall(
         r"^\|.*?`(\w+)` \|(?:.*\|)? (\S+(?: \+ \S+)?) \| (\S+ \+ \S+) \|$", (DOCS / "estimators.md").read_text(), re.M
     )
-    assert len(rows) == 20
+    assert len(rows) == 21
     for name, *costs in rows:
         for shown, key in zip(costs, ("point", "step"), strict=True):
             nothing = key == "point" and name in quantity.IN_TRAINING

@@ -40,6 +40,7 @@ PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": to
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 2e-6}  # bfloat16 models are measured in float32
 MATVECS = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 1e-6}  # residuals at which solvers stop
 NO_EXACT_MODE = {"expected_loss_difference", "layer_hessian_trace", "hessian_density"}
+NO_EXACT_MODE |= {"critical_sharpness", "difference_sharpness"}  # by differences of losses
 NO_EXACT_MODE |= {"fisher_trace_penalty", "sampled_gradient_norm_penalty", "unit_jacobian_penalty"}  # which draw
 LR, B = 0.3, 1
 

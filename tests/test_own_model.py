@@ -297,7 +297,7 @@ def test_the_engines_of_its_products_are_timed(capsys):
     assert found["objective"]["model"] == "Net"
     assert found["objective"]["chunk_size"] == 20
     speeds = {s["name"]: s for s in found["speeds"]}
-    assert list(speeds) == ["graph", "traced", "double_backward", "forward_over_reverse"]
+    assert list(speeds) == ["graph", "traced", "double_backward", "forward_over_reverse", "differences"]
     advice, best = found["recommendation"], speeds[found["recommendation"]["engine"]]
     assert advice["seconds"] == pytest.approx(
         best["setup"] + 2 * (best["first"]["median"] + 3 * best["product"]["median"])

@@ -52,13 +52,13 @@ def test_engines_agree_and_say_what_they_are_and_keep():
     assert [s.name for s in speeds] == [s.used for s in speeds] == list(EAGER)
     assert torch.equal(before, L.params())
     for s in speeds:
-        assert s.difference < 1e-5
+        assert s.difference < (1e-3 if s.name == "differences" else 1e-5)
         assert s.first.low <= s.first.median <= s.first.high
         assert s.product_ratio.median > 0
         assert s.per_second == 1 / s.product.median
     kept = {s.name: s.nbytes for s in speeds}
     assert kept["graph"] > 0 < kept["traced"]
-    assert kept["double_backward"] == kept["forward_over_reverse"] == 0
+    assert kept["double_backward"] == kept["forward_over_reverse"] == kept["differences"] == 0
     traced = next(s for s in speeds if s.name == "traced")
     assert traced.setup > max(0.02, next(s for s in speeds if s.name == "graph").setup)  # recording
 

@@ -1,6 +1,7 @@
 """One file per family of diagnostics; importing this package fills the registry."""
 
-from . import values, noise, covariance, interaction, spectrum, traces, fisher, blocks, stability, trajectory, penalties
+from . import values, noise, covariance, interaction, spectrum, traces, fisher, blocks, stability, forward
+from . import trajectory, penalties
 from .registry import DIAGNOSTICS, diagnostic, evaluate, parse, require
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "fisher",
     "blocks",
     "stability",
+    "forward",
     "trajectory",
     "penalties",
 ]

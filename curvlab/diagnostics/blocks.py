@@ -117,7 +117,8 @@ def _block(at: Snapshot, place: Tensor) -> LinearOperator:
         whole[place] = V
         return (at.hessian @ whole)[place]
 
-    return LinearOperator(matmat, len(place), at.objective.dtype, at.objective.device, "a block of the Hessian")
+    L = at.objective
+    return LinearOperator(matmat, len(place), L.dtype, L.device, "a block of the Hessian", at.errors)
 
 
 def _norms(at: Snapshot, v: Tensor) -> Measurement:

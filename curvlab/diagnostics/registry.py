@@ -17,6 +17,7 @@ import torch
 from .. import schedule
 from ..checks import finite_point
 from ..hvp import Engine
+from ..linalg import relative_error
 from ..measurement import Measurement, missing
 from ..objective import Objective
 from ..snapshot import Snapshot
@@ -192,6 +193,19 @@ def _why_not_finite(at: Snapshot) -> str:
     return "not finite: the parameters have diverged"
 
 
+def _approximate(found: Measurement, errors: list[tuple[float, float]]) -> Measurement:
+    """With the share of the value by which products by differences may be off."""
+    if found.value is None or not errors:
+        return found
+    off = relative_error(errors)
+    share = off * np.abs(found.value)
+    note = f"approximate: products by central differences, off by about {off:.1g} of the longest"
+    note = f"{found.note}; {note}" if found.note else note
+    if found.kind == "sem":
+        return dataclasses.replace(found, floor=found.floor + share, note=note)
+    return dataclasses.replace(found, kind="bound", error=found.error + share, note=note)
+
+
 def evaluate(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, Measurement]:
     """Measure a plan at a snapshot, inside one state guard; also kept in ``at.measurements``.
 
@@ -203,7 +217,7 @@ def evaluate(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, M
             point = at.trained if name.startswith(TRAINED) else at
             assert point is not None
             point.spared()
-            started, spent = time.perf_counter(), at.matvecs
+            started, spent, before = time.perf_counter(), at.matvecs, len(point.errors)
             entry = DIAGNOSTICS[name.removeprefix(TRAINED)]
             try:
                 finite_point(point.objective, point.w)
@@ -214,6 +228,7 @@ def evaluate(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, M
                 found = missing(str(error))
             if found.value is not None and not np.all(np.isfinite(found.value)):
                 found = missing(_why_not_finite(point))
+            found = _approximate(found, point.errors[before:])
             seconds = time.perf_counter() - started
             at.measurements[name] = dataclasses.replace(found, matvecs=at.matvecs - spent, seconds=seconds)
             at.alone[name] = seconds + point.spared()

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..checks import COUPLING, live_module
-from ..hvp import HessianProducts
 from ..linalg import Eigenpairs, LinearOperator, orthonormalize
 from ..linalg.probes import rademacher
 from ..measurement import Measurement, missing
@@ -259,5 +258,4 @@ def population_eigenvalue(at: Snapshot, pairs: Eigenpairs, *, groups: int = 32, 
 
 
 def _group_hessian(at: Snapshot, index: Tensor) -> LinearOperator:
-    L = at.objective
-    return hessian(L, at.w, products=HessianProducts(L, at.w, batch=index, engine=at.engine))
+    return hessian(at.objective, products=at.products(batch=index))

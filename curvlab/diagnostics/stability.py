@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..hvp import HessianProducts
 from ..linalg import LinearOperator, eigsh
 from ..measurement import Measurement, missing
 from ..operators import hessian, noise_share
@@ -51,7 +50,7 @@ def preconditioned_sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
         return missing("there is no known preconditioner: measure it while train() uses Adam, AdamW or RMSprop")
     root = at.preconditioner.rsqrt()[:, None]
     H = at.hessian
-    A = LinearOperator(lambda V: root * H.matmat(root * V), H.size, H.dtype, H.device, "the preconditioned Hessian")
+    A = replace(H, matmat=lambda V: root * H.matmat(root * V), name="the preconditioned Hessian")
     return largest(tracked_eigenpairs(at, "preconditioned", A, 1, tol, hint=at.gradient * root[:, 0]))
 
 
@@ -335,7 +334,7 @@ def _draw_curvatures(at: Snapshot, b: int, count: int, drawn: list[Tensor], ever
             generator = at.generator(f"batch_curvature {b} {i}")
             batches, weights = likely_batches(at, b, 1, lambda norms: norms, generator=generator)
             batch, weight = batches[0], weights[0]
-        products = HessianProducts(L, at.w, batch=batch)
+        products = at.products(batch=batch)
         g = products.value_and_gradient()[1]
         Hg, g = products.matmat(g[:, None])[:, 0].double(), g.double()
         rounding = Hg.norm() * (16 * torch.finfo(L.dtype).eps * g.norm() + 2 * at.gradient_floor)
@@ -361,7 +360,10 @@ def _along(at: Snapshot, alpha: float) -> Tensor:
 
 
 def _hessian_along(at: Snapshot, alpha: float) -> LinearOperator:
-    return at.shared(("hessian", alpha), lambda: at.counted(hessian(at.objective, _along(at, alpha))))
+    def compute() -> LinearOperator:
+        return at.counted(hessian(at.objective, products=at.products(_along(at, alpha))))
+
+    return at.shared(("hessian", alpha), compute)
 
 
 def _curve(

@@ -38,7 +38,8 @@ def hessian_trace(
       probes for both products. Best once training has started: the rest is small.
     - ``"xtrace"``, ``"hutchinson"``, ``"exact"``: see `curvlab.trace`.
     - ``"auto"``: split and plain Hutchinson are compared on four pilot probes, which then are not used, and the one with the
-      smaller variance serves; XTrace if the loss has no known likelihood, so that tr(G) is not at hand. The note states the
+      smaller variance serves; XTrace if the loss has no known likelihood, so that tr(G) is not at hand, and where products
+      are differences of gradients, since the model may have no second derivative. The note states the
       choice. In a run the choice is made anew at each step.
 
     Error: a standard error over probes; in a run that of two, whose variance is pooled over steps if the loss has a
@@ -59,7 +60,8 @@ def hessian_trace(
     """
     probes = default_probes(at, num_matvecs, single=32)
     generator = at.generator("hessian_trace")
-    likelihood = method in ("auto", "split") and fisher_trace(at, exact=True).value is not None
+    splits = method == "split" or (method == "auto" and at.engine != "differences")  # G needs two derivatives too
+    likelihood = splits and fisher_trace(at, exact=True).value is not None
     if method == "split" and not likelihood:
         return missing(
             "the split needs the trace of the GGN: loss='cross_entropy', 'binary_cross_entropy' or 'squared_error'"

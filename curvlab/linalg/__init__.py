@@ -2,7 +2,7 @@
 
 from .density import SpectralDensity, quadrature, spectral_density, tridiagonal
 from .lanczos import Eigenpairs, eigsh, orthonormalize
-from .operator import LinearOperator, dense, from_scipy
+from .operator import LinearOperator, dense, from_scipy, relative_error
 from .trace import trace
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "from_scipy",
     "orthonormalize",
     "quadrature",
+    "relative_error",
     "spectral_density",
     "trace",
     "tridiagonal",

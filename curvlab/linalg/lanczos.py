@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..memory import require
-from .operator import LinearOperator
+from .operator import LinearOperator, relative_error
 from .probes import normal
 
 Which = Literal["LA", "SA", "LM"]
@@ -31,7 +31,7 @@ class Eigenpairs:
         matvecs: products spent.
         converged: whether every residual is at most tol times the largest |Ritz value|, up to rounding.
         extremes: smallest and largest Ritz value seen.
-        floor: rounding error of a Ritz value, in the unit of `values`.
+        floor: rounding error of a Ritz value, or that of products that are off by more, in the unit of `values`.
         guards: (P, G) the Ritz vectors that come next, converged or not, as many as were asked for and the basis had.
         guard_values: (G,) their Ritz values, descending in the order of `which`.
         explored: whether a random vector joined, from the start or because the given ones were distrusted.
@@ -135,6 +135,8 @@ def eigsh(
     require(held * P * A.dtype.itemsize, A.device, f"eigsh with k={k} of {P} rows, with {held} vectors,", fix)
     max_matvecs = max(k, max_matvecs if max_matvecs is not None else 300 + 20 * k)
     eps = torch.finfo(A.dtype).eps
+    errors = getattr(A, "errors", [])
+    before = len(errors)
 
     warm = start is not None
     explore, explored = not warm or random_columns > 0, 0
@@ -153,7 +155,7 @@ def eigsh(
         theta, Y = theta[order], Y[:, order].to(V)
         X, AX = V @ Y[:, :reported], AV @ Y[:, :reported]
         scale = theta.abs().max()
-        floor = 16 * eps * scale
+        floor = max(16 * eps, relative_error(errors[before:])) * scale
         unit = scale if bool(scale > 0) else torch.ones_like(scale)
         R = (AX - X * theta[:reported].to(V)).div_(unit)  # so that no square overflows or vanishes
         residuals = unit * torch.linalg.vector_norm(R, dim=0, dtype=torch.float64).cpu()

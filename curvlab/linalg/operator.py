@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ class LinearOperator:
         size: P.
         dtype, device: of the vectors that it takes and returns.
         name: what it is, for messages.
+        errors: of each product so far that was off by more than rounding: of unit vectors, how far it was off, and how long
+            it was, at most.
     """
 
     matmat: Callable[[Tensor], Tensor]
@@ -31,6 +33,7 @@ class LinearOperator:
     dtype: torch.dtype = torch.float64
     device: torch.device = torch.device("cpu")  # noqa: RUF009  a torch.device is immutable
     name: str = "A"
+    errors: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,6 +67,12 @@ class LinearOperator:
 
         numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         return ScipyOperator(self.shape, matvec=product, matmat=product, rmatvec=product, dtype=numpy_dtype)
+
+
+def relative_error(errors: Sequence[tuple[float, float]]) -> float:
+    """How far products were off at most, relative to the longest; 0 without any."""
+    worst, longest = (max(column) for column in zip(*errors, strict=True)) if errors else (0.0, 0.0)
+    return worst / longest if longest else 0.0
 
 
 def from_scipy(A: Any, *, name: str = "A") -> LinearOperator:

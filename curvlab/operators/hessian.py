@@ -15,7 +15,8 @@ def hessian(
     """H(w) = (1/N) Σ_i s_i ∇²ℓ_i(w) as a `LinearOperator`, (P, P).
 
     Products are exact up to rounding (relative 1e-15 in float64, 1e-7 in float32), at kinks of piecewise-linear
-    activations as autograd defines them: the curvature of a kink itself is not seen.
+    activations as autograd defines them: the curvature of a kink itself is not seen. With ``engine="differences"`` they are
+    approximate, and `errors` of the result says by how much.
 
     Args:
         w: (P,) where; default the model's current parameters, copied now.
@@ -35,4 +36,4 @@ def hessian(
         tensor([0.5000, 0.5000])
     """
     products = products or HessianProducts(L, L.point(w), engine=engine)
-    return LinearOperator(products.matmat, L.num_params, L.dtype, L.device, name="the Hessian")
+    return LinearOperator(products.matmat, L.num_params, L.dtype, L.device, "the Hessian", products.errors)
