@@ -137,6 +137,27 @@ def memory(found: Record) -> list[str]:
     return [text, grid(named, "case", "engine", heads, lambda row: mebibytes(row["peak_bytes"]))]
 
 
+def scaling(found: Record) -> list[str]:
+    """Seconds with the share of communication, of what was measured and of what the plan says."""
+    counts = list(dict.fromkeys(row["ranks"] for row in found["results"]))
+    heads = {count: f"{count} {'ranks' if count > 1 else 'rank'}" for count in counts}
+    rows = []
+    for kind in ("measured", "planned"):
+        prefix = "" if kind == "measured" else "planned_"
+        for row in found["results"]:
+            numbers = [row[prefix + key] for key in ("seconds", "communication")]
+            rows.append({"name": f"{row['scaling']}, {kind}", "ranks": row["ranks"], "numbers": numbers})
+
+    def cell(row: Record) -> str:
+        seconds, communication = row["numbers"]
+        return "-" if seconds is None else f"{1e3 * seconds:.0f} ms, {communication / seconds:.0%}"
+
+    own, asked = found["environment"], found["settings"]
+    text = f"The {asked['quantity']} of {asked['model']} over ranks, {asked['n']} examples in all or (weak) on each: "
+    text += f"time and the share of communication, {conditions(found)}, at a load of {own['load']} on {own['cores']} cores:"
+    return [text, grid({"results": rows}, "name", "ranks", heads, cell)]
+
+
 def estimators(found: Record, budgets: tuple[int, int] = (16, 64)) -> list[str]:
     settings = found["settings"]
     places = [settings["budgets"].index(budget) for budget in budgets]
@@ -247,6 +268,7 @@ def errors(found: Record) -> Figure:
 SHORT = {"named error": "named", "wrong": "**wrong**", "not applicable": "-"}
 PAGES: dict[str, tuple[str, dict[str, Table]]] = {  # parts of pages, and what they are made of
     "speed": ("README.md", {"bench_hvp": products, "bench_per_example": norms, "bench_step": steps}),
+    "scaling": ("README.md", {"bench_scaling": scaling}),
     "scores": ("README.md", {"failure_modes": scores}),
     "failures": ("benchmarks/README.md", {"failure_modes": failures}),
     "solvers": ("benchmarks/README.md", {"bench_eigsh": solvers}),

@@ -165,6 +165,19 @@ def test_steps_with_diagnostics_are_timed_and_their_errors_measured(tmp_path):
     assert all(row["gradients"]["median"] > 0 for row in record["results"])
 
 
+@pytest.mark.slow
+def test_scaling_is_measured_and_planned(tmp_path):
+    run("bench_scaling", tmp_path)
+    (record,) = records(tmp_path, "bench_scaling")
+    check(record, "bench_scaling")
+    found = {(row["scaling"], row["ranks"]): row for row in record["results"]}
+    assert set(found) == {(kind, count) for kind in ("strong", "weak") for count in (1, 2, 4, 8, 16, 64)}
+    for (_, count), row in found.items():
+        assert (row["samples"] is not None) == (count in record["settings"]["measured"])
+        assert row["planned_seconds"] > row["planned_communication"] >= 0
+    assert 0 < found["strong", 1]["seconds"] > found["strong", 1]["communication"]
+
+
 def test_answers_of_libraries_are_judged(scenarios):
     judged = importlib.import_module("failure_modes").judged
     rows = {row.number: i for i, row in enumerate(scenarios.ROWS) if row.number in ("F8", "F40", "F49")}

@@ -68,7 +68,8 @@ def measured(rank: int, count: int, folder: str, model: str, request) -> None:
         return gather(found, tensor, **options)
 
     dist.all_reduce, dist.all_gather = all_reduce, all_gather
-    cl.measure(objective(model, n=20, group="world"), [request], batch_size=2)  # what is loaded on first use is not measured
+    cl.measure(objective(model, n=20), [request], batch_size=2)  # what is loaded on first use is not measured
+    dist.all_reduce(L.params())
     at, sent[0] = cl.Snapshot(L, L.params(), batch_size=16), 0.0
     settled()
     before = resident("VmRSS:")
