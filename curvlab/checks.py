@@ -212,7 +212,8 @@ def alike(L: Objective) -> None:
     """
     if L.ranks.count == 1:
         return
-    L.ranks.agree("weights", L.params())
+    if not L.kept:
+        L.ranks.agree("weights", L.params())
     coupling = live_module(L, COUPLING)
     if coupling:
         L.ranks.require_one(f"statistics of batches, as {coupling} has them,")
@@ -268,7 +269,7 @@ def deterministic_mean(L: Objective) -> None:
             )
         _mean_over_examples(L, w, chunk, bool(coupling))
         zeros = [not bool(p.any()) for p in L.split(w)]
-        if any(zeros):  # a head of zeros, as many networks start with, hides everything before it
+        if not L.ranks.all(not any(zeros)):  # a head of zeros, as many networks start with, hides everything before it
             noise = L.split(0.1 * normal(w.shape, w, generator=generator("a head of zeros")))
             moved = [p + q if zero else p for p, q, zero in zip(L.split(w), noise, zeros, strict=True)]
             _mean_over_examples(L, L.join(moved), chunk, bool(coupling))

@@ -90,11 +90,12 @@ def undifferentiable(L: Objective, error: RuntimeError) -> str | None:
     if type(error) not in (RuntimeError, NotImplementedError) or not _MISSING.search(str(error)):
         return None
     line = str(error).strip().splitlines()[0]
+    where = _origin(L) if L.kept is None else "a part of the model"  # all ranks would have to look for it
     instead = next((text for part, text in _INSTEAD.items() if part in line.lower()), None)
     fix = f"write {instead}" if instead else "write it with operations that can be differentiated twice"
     if "support backward" not in line:  # the first derivative is there
         fix += ', or take products of H by engine="differences", which are approximate and need first derivatives only'
-    return f"{_origin(L)} cannot be differentiated twice by PyTorch ({line}); in its place {fix}"
+    return f"{where} cannot be differentiated twice by PyTorch ({line}); in its place {fix}"
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .hvp import Engine
 from .objective import Objective
 from .regularizers import registry as regularizers
 from .runs import Run
+from .sharded import require_gathered
 from .snapshot import Snapshot
 
 
@@ -86,6 +87,7 @@ def gradient_flow(
         >>> [at.step for at in gradient_flow(L, 3, lr=0.1)]
         [0, 1, 2, 3]
     """
+    require_gathered(L, "gradient flows")
     listed = list(range(steps + 1)) if isinstance(steps, int) else [int(step) for step in steps]
     if not listed or listed[0] < 0 or any(b <= a for a, b in itertools.pairwise(listed)):
         raise ValueError(f"steps are {steps!r}; expected a number from 0, or step numbers from 0 that increase")

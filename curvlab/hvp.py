@@ -31,7 +31,7 @@ from .linalg import relative_error
 from .objective import Objective
 from .origins import origins
 from .self_check import check_products, checked_of
-from .sharded import local, parameters, version
+from .sharded import local, parameters, require_gathered, version
 from .timing import synchronize
 
 Engine = Literal["auto", "graph", "traced", "compiled", "double_backward", "forward_over_reverse", "differences"]
@@ -131,7 +131,10 @@ class HessianProducts:
         self._many = expected is not None and expected >= MANY
         self._recordings = recordings(objective)
         self._value_and_gradient = None
-        objective.ranks.agree("the point", self.w)
+        if objective.kept is None:
+            objective.ranks.agree("the point", self.w)
+        elif engine not in ("auto", "graph", "double_backward"):
+            require_gathered(objective, f"products by engine={engine!r}")
         self._cut()
 
     def value_and_gradient(self) -> tuple[Tensor, Tensor]:
@@ -147,7 +150,8 @@ class HessianProducts:
         if not self._checked:
             check_products(self.objective, self.w, engine=self.engine, constants=self.constants)
             self._checked = True
-        self.objective.ranks.agree("the vectors of a product", V)
+        if self.objective.kept is None:
+            self.objective.ranks.agree("the vectors of a product", V)
         found = self._by_differences(V) if self.engine == "differences" else self._mean(V)
         if not math.isfinite(float(found.sum())) and not torch.isfinite(found).all() and torch.isfinite(V).all():
             raise FloatingPointError(
@@ -297,7 +301,8 @@ class HessianProducts:
         if engine == "forward_over_reverse" and self._lacks():
             return "double_backward"
         if engine == "auto":
-            engine = "traced" if self._many and self.objective.device.type in CAPTURES_ON else "graph"
+            recorded = self._many and self.objective.device.type in CAPTURES_ON and self.objective.kept is None
+            engine = "traced" if recorded else "graph"
         if engine not in ("traced", "compiled"):
             return engine
         L, made = self.objective, self._recordings

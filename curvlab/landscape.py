@@ -12,6 +12,7 @@ from torch import Tensor
 from .linalg import eigsh
 from .objective import Objective
 from .operators import hessian
+from .sharded import require_gathered
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def plane(
     Raises:
         ValueError: a direction of another length than w.
     """
+    require_gathered(L, "planes")
     if u.shape != w.shape:
         raise ValueError(f"u has shape {tuple(u.shape)}; expected that of w, {tuple(w.shape)}")
     values = np.stack([line(L, w + alpha * u, v, betas) for alpha in alphas])

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from . import checks, derivatives
 from .batches import Examples, batch_size, leaves, take, tree_map
 from .guard import functional_call, measuring, out_of_memory, seed_everything
+from .linalg.rows import Rows
 from .losses import Averaged, BatchLoss, Loss, convention, correct, cross_entropy, logits, reads_logits, resolve
 from .memory import chunk_that_fits, graphs_that_fit, require
 from .ranks import Ranks
-from .sharded import Constants, found_in, gathered, parameters
+from .sharded import Constants, Kept, Sharded, found_in, gathered, local, parameters, require_gathered
 from .unwrap import unwrap
 
 _log = logging.getLogger("curvlab")
@@ -89,6 +90,10 @@ class Objective:
             one process, on every rank. What `fully_shard` (FSDP2) or tensor parallelism has sharded is measured on all ranks
             that hold parts: `params` gathers the parameters, as they are then, and a line of the log "curvlab" says what
             that takes; the sharded model is not touched. Frozen parameters that are sharded are those of the last gathering.
+        sharded: ``"gather"``, or ``"keep"``: all vectors are (p,), the entries of this rank's parts of the parameters, so
+            that the many of an eigensolver are divided among the ranks; whole parameters are in graphs alone. For `value`,
+            `gradient`, `hessian`, `eigsh` and `trace`, which sum over the entries of all ranks; `entries` does so for
+            products and norms of one's own. Hessian-vector products are then not checked against differences.
 
     Raises:
         ValueError, TypeError: what would give a silently wrong number: nothing to train, mixed or half-precision or
@@ -123,6 +128,7 @@ class Objective:
         parameters: checks.Which | None = None,
         check: Check = "first",
         group: Any = None,
+        sharded: Sharded = "gather",
     ) -> None:
         if check not in ("first", "always", "never"):
             raise ValueError(f"check is {check!r}; expected 'first', 'always' or 'never'")
@@ -145,11 +151,14 @@ class Objective:
         first = next(iter(self._variables.values()))
         self.device = torch.empty(0, device=device or first.device).device
         self.dtype = checks.real_dtype(self._variables, dtype)
-        self.shapes = [p.shape for p in self._variables.values()]
-        self.sizes = [p.numel() for p in self._variables.values()]
+        self.sharded = found_in(self, sharded)
+        self.kept = Kept(self._variables, self.ranks) if self.sharded and sharded == "keep" else None
+        self.shapes = self.kept.shapes if self.kept else [p.shape for p in self._variables.values()]
+        self.sizes = self.kept.sizes if self.kept else [p.numel() for p in self._variables.values()]
         self.num_params = sum(self.sizes)
         self.memory = checks.memory_bytes(memory, self.device)
-        self.sharded = found_in(self)
+        if self.kept:
+            self.memory = -self._largest(-self.memory)
         self.examples = Examples(data, pairs=not isinstance(self.loss, BatchLoss), ranks=self.ranks)
         self.size = self.examples.size
         if isinstance(self.loss, Averaged):
@@ -186,7 +195,8 @@ class Objective:
         checks.same_buffers(self)
         if self.sharded:
             self._gathered.gather(self._others())
-        return self.join([self._place(p.detach()) for p in self.variables()])
+        own = local if self.kept else gathered
+        return self.join([own(p.detach()).to(self.device, self.dtype) for p in self.variables()])
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """A flat (P,) vector as views by parameter name."""
@@ -252,8 +262,15 @@ class Objective:
                 count += chunk.size
         return self.mean(count, total)[0]
 
+    @property
+    def entries(self) -> Rows:
+        """Which entries of the flat vectors are here, for products and norms over those of all ranks."""
+        return Rows(self.kept.size, self.kept.here, self.ranks) if self.kept else Rows(self.num_params)
+
     def mean(self, count: int, *totals: Tensor) -> list[Tensor]:
         """Sums over `count` examples of this rank as means over those of all ranks; the sums are overwritten."""
+        if self.kept:  # vectors are summed by their graph
+            return [(t if t.ndim else self.ranks.sum(t)[0]).div_(self.size) for t in totals]
         if self.ranks.count == 1:
             return [total.div_(count) for total in self.ranks.sum(*totals)]
         *sums, n = self.ranks.sum(*totals, torch.tensor(count, dtype=torch.float64, device=self.device))
@@ -261,6 +278,7 @@ class Objective:
 
     def rows(self, function: Callable[[Chunk], Tensor], batch: Any = None) -> Tensor:
         """What a function of chunks, -> (B, ...), gives for all examples, on every rank, (N, ...)."""
+        require_gathered(self, "rows of examples")
         if batch is not None:
             self.ranks.require_one("rows of a batch")
         found = [function(chunk) for chunk in self.chunks(batch)]
@@ -275,6 +293,7 @@ class Objective:
             MemoryError: they would not fit in the memory that is free.
         """
         self.require_examples("per-example gradients")
+        require_gathered(self, "per-example gradients")
         count = self.size if batch is None else sum(piece.size for piece in self.pieces(batch))
         what = f"{count} gradients of {self.num_params} parameters each"
         fix = "pass a batch, or ask for norms and products by curvlab.per_example.ExampleGradients, which forms none"
@@ -285,6 +304,7 @@ class Objective:
 
     def accuracy(self, w: Tensor | None = None) -> Tensor | None:
         """Share of examples whose largest output is the target class, a float64 scalar; None without classes."""
+        require_gathered(self, "accuracies")
         if isinstance(self.loss, BatchLoss):
             return None
         with self.measuring(), torch.no_grad():
@@ -342,7 +362,12 @@ class Objective:
         if batch is None:
             for piece, part in self.examples.chunks(size or self.size):
                 out.append(Chunk(piece, part, None if self.weights is None else self.weights[piece], len(out)))
+            if self.kept:  # all ranks evaluate equally often, some of them an example of weight 0
+                nothing = torch.zeros(1, device=self.device, dtype=self.dtype)
+                no = replace(self.first(1), positions=slice(0, 1), weights=nothing)
+                out += [no] * (self._largest(len(out)) - len(out))
             return out
+        require_gathered(self, "batches")
         foreign = False
         if isinstance(batch, Tensor) and batch.ndim == 1 and batch.dtype == torch.int64:
             selected = self.examples.select(batch)
@@ -443,7 +468,7 @@ class Objective:
         return {
             "examples": self.size,
             "data": self.data_hash(),
-            "parameters": self.num_params,
+            "parameters": self.entries.size,
             "subset": self.names if self.subset else None,
             "model": type(self.model).__name__,
             "loss": loss,
@@ -544,7 +569,7 @@ class Objective:
 
         Numbers change by rounding only. A line of the log "curvlab" says so.
         """
-        if not out_of_memory(error) or self.coupled or self.chunk_size < 2:
+        if not out_of_memory(error) or self.coupled or self.kept or self.chunk_size < 2:
             return False
         size, self.given_chunk_size = self.chunk_size, self.chunk_size // 2
         self.__dict__.pop("chunk_size", None)
@@ -579,13 +604,18 @@ class Objective:
     @property
     def graphs_that_fit(self) -> int:
         """How many chunks may keep a gradient graph in half of `memory`."""
-        return graphs_that_fit(self.memory, self.graph_bytes * self.chunk_size)
+        gathered = self.kept.size * self.dtype.itemsize if self.kept else 0  # whole parameters
+        return graphs_that_fit(self.memory, self.graph_bytes * self.chunk_size + gathered)
 
     # -- internals --------------------------------------------------------------------------------------------------
 
     def _place(self, tensor: Tensor) -> Tensor:
         tensor = gathered(tensor)
         return tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor.to(self.device)
+
+    def _largest(self, number: int) -> int:
+        """The largest of the numbers that ranks give."""
+        return int(self.ranks.gather(torch.tensor([number], device=self.device), self.ranks.count).max())
 
     def _others(self) -> dict[str, Tensor]:
         """The parameters of model and loss that are no variables."""
@@ -594,6 +624,7 @@ class Objective:
 
     def _state(self, params: list[Tensor]) -> dict[str, Tensor]:
         """Everything the model reads: the given parameters, frozen ones, and copies of the buffers."""
+        params = self.kept.whole(params) if self.kept else params
         state = dict(zip((f"model.{name}" for name in self._variables), params, strict=True))
         if self._held is None:
             return state | self.constants()
@@ -677,6 +708,9 @@ class Objective:
 
     def first(self, count: int) -> Chunk:
         """The first examples, at most `count`, as a chunk."""
+        if self.kept:
+            piece = self.examples.first(count)[0]
+            count = -self._largest(piece.start - piece.stop)
         piece, batch = self.examples.first(count)
         return Chunk(piece, tree_map(self._place, batch), None if self.weights is None else self.weights[piece], 0)
 

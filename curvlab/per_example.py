@@ -12,6 +12,7 @@ from .capture import Capture, layers_of, places_of
 from .layers import Part, Rows
 from .memory import require
 from .objective import Chunk, Objective
+from .sharded import require_gathered
 
 FORMED = 64  # example gradients that are formed at once
 Scalars = Callable[[list[Tensor], Chunk], Tensor]
@@ -47,6 +48,7 @@ class ExampleGradients:
         self, objective: Objective, w: Tensor, *, along: Tensor | None = None, heard: Iterable[Capture] = ()
     ) -> None:
         objective.require_examples("per-example gradients")
+        require_gathered(objective, "per-example gradients")
         self.objective = L = objective
         self.w = objective.point(w)
         self._along = along

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .memory import readable, require
@@ -13,6 +14,7 @@ from .memory import readable, require
 if TYPE_CHECKING:
     from .objective import Objective
 
+Sharded = Literal["gather", "keep"]
 _log = logging.getLogger("curvlab")
 
 # DTensors are known by their attributes, so that torch.distributed.tensor is not imported where nobody has it.
@@ -83,13 +85,90 @@ class Constants:
         return found
 
 
-def found_in(L: Objective) -> bool:
+class Kept:
+    """Vectors of which each rank holds the entries of its parts of the parameters.
+
+    A model is evaluated at whole parameters, which are put together inside the graph, so that derivatives are those of the
+    parts, summed over ranks. All ranks therefore evaluate equally often.
+
+    Args:
+        variables: the sharded parameters by name.
+        ranks: that hold the parts, a `curvlab.ranks.Ranks`.
+
+    Attributes:
+        shapes, sizes: of the parts that are here.
+        here: (p,) where they lie in the flat vector of all, on the CPU.
+        size: P, of that vector.
+
+    Raises:
+        ValueError: a parameter that the ranks do not divide among them.
+    """
+
+    def __init__(self, variables: dict[str, Any], ranks: Any) -> None:
+        for name, p in variables.items():
+            once = is_sharded(p) and p.device_mesh.ndim == 1 and p.placements[0].is_shard()
+            if not once or p.device_mesh.size() != ranks.count:
+                raise ValueError(
+                    f"sharded='keep' needs every variable divided among the {ranks.count} ranks of the group, once, and "
+                    f"parameter {name} is not; pass sharded='gather', or leave it out by parameters="
+                )
+        like = list(variables.values())
+        self.shapes, self.sizes = [local(p).shape for p in like], [local(p).numel() for p in like]
+        self._ranks, self._whole = ranks, [p.shape for p in like]
+        self._lengths = [p.numel() for p in like]
+        self.size = sum(self._lengths)
+        places = torch.arange(self.size).split(self._lengths)
+        self.here = torch.cat([_part(place.view(p.shape), p).reshape(-1) for place, p in zip(places, like, strict=True)])
+
+    def whole(self, parts: list[Tensor]) -> list[Tensor]:
+        """Parts as whole parameters, differentiable as often as one likes."""
+        own = torch.cat([part.reshape(-1) for part in parts])
+        flat = _Sum.apply(own.new_zeros(self.size).index_copy(0, self.here.to(own.device), own), self._ranks)
+        return [part.view(shape) for part, shape in zip(flat.split(self._lengths), self._whole, strict=True)]
+
+
+def _part(whole: Tensor, like: Any) -> Tensor:
+    """The part of a tensor that this rank would have of it, were it divided as `like` is."""
+    dim, rank = like.placements[0].dim, like.device_mesh.get_local_rank()
+    parts = whole.chunk(like.device_mesh.size(), dim)
+    return parts[rank] if rank < len(parts) else whole.narrow(dim, 0, 0)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks, on all of them; as a map it is its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, ranks: Any) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.sum(own)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(grad, ctx.ranks), None
+
+
+def require_gathered(L: Objective, what: str) -> None:
+    """Refuse what needs whole vectors, where ranks keep parts of them.
+
+    Raises:
+        ValueError: they do.
+    """
+    if L.kept:
+        raise ValueError(
+            f"{what} need whole vectors on each rank, and with sharded='keep' each holds parts of them; pass "
+            "sharded='gather' to Objective, if they fit. Values, gradients, products with the Hessian, eigsh and trace work"
+        )
+
+
+def found_in(L: Objective, sharded: Sharded) -> bool:
     """Whether parameters of the model are sharded. They are gathered to be measured; a line of the log says what that takes.
 
     Raises:
-        ValueError: one process alone is to measure, or a buffer is sharded.
+        ValueError: another `sharded`, one process alone is to measure, or a buffer is sharded.
         MemoryError: all of them would not fit in the memory that is free.
     """
+    if sharded not in ("gather", "keep"):
+        raise ValueError(f"sharded is {sharded!r}; expected 'gather' or 'keep'")
     params: dict[str, Any] = parameters(L.model)
     parts = {name: p for name, p in params.items() if is_sharded(p)}
     buffers: dict[str, Any] = dict(L.model.named_buffers())

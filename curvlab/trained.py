@@ -15,6 +15,7 @@ from .regularizers import registry as regularizers
 from .regularizers.micro_batch import MicroBatch
 from .regularizers.sites import Measured
 from .regularizers.vectors import without_third_derivative
+from .sharded import require_gathered
 
 
 class TrainedObjective(Objective):
@@ -52,6 +53,7 @@ class TrainedObjective(Objective):
         weight_decay: float = 0.0,
         seed: int = 0,
     ) -> None:
+        require_gathered(L, "penalties and weight decay")
         self.__dict__.update(
             {k: v for k, v in vars(L).items() if k not in ("chunk_size", "graph_bytes", "_layer_rules", "_recordings")}
         )

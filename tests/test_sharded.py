@@ -1,8 +1,9 @@
 """Models of which each rank holds a part of every parameter: FSDP2 (`fully_shard`) and tensor parallelism.
 
 Compared with a reference: operators, example gradients and every diagnostic of a training on 3 gloo ranks, with parameters
-that do not divide by 3, unequal parts of the data and an empty one, against one process in float64; trainings on 2 ranks
-with measurements, bit by bit, against those without. Behaviour only: what is refused.
+that do not divide by 3, unequal parts of the data and an empty one, against one process in float64; the same for eigenpairs
+and traces of vectors that stay in parts; trainings on 2 ranks with measurements, bit by bit, against those without.
+Behaviour only: what is refused.
 """
 
 from __future__ import annotations
@@ -22,13 +23,18 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 
 import curvlab as cl
-from curvlab import memory
+from curvlab import landscape, memory
 from curvlab.diagnostics import DIAGNOSTICS
 from curvlab.per_example import ExampleGradients
 from curvlab.regularizers import gradient_norm_penalty
+from curvlab.trained import TrainedObjective
 
 F64 = torch.float64
 N = 7
+WHOLE = (
+    "diagnostics", "batches", "products with the GGN", "per-example gradients", "accuracies", "products by engine='traced'",
+    "gradient flows", "planes", "penalties and weight decay",
+)  # fmt: skip
 
 
 class Net(nn.Module):
@@ -98,6 +104,27 @@ def operators(model: nn.Module, group=None) -> dict[str, Tensor]:
     }
 
 
+def kept(model: nn.Module, n: int, group=None) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Which entries of vectors are here, these entries of vectors, and numbers, with vectors divided among the ranks."""
+    options = {"group": group, "sharded": "keep"} if group else {}
+    L = cl.Objective(model, "cross_entropy", examples(n), chunk_size=2, **options)
+    here = torch.arange(L.num_params) if L.kept is None else L.kept.here
+    H, draw = cl.hessian(L, 1.1 * L.params()), torch.Generator().manual_seed(3)
+    V = torch.randn(H.shape[0], 3, generator=draw, dtype=F64)[here]
+    rebuilt = cl.hessian(L, 1.1 * L.params(), engine="double_backward")
+    rows = {"w": L.params(), "gradient": L.gradient(), "H": H @ V, "rebuilt": rebuilt @ V}
+    numbers = {"value": L.value(), "norms": L.entries.norms(V)}
+    if n < N:
+        return here, rows, numbers
+    few = {"max_basis": 6, "generator": draw, "max_matvecs": 60}
+    pairs, warm = cl.eigsh(H, 2, tol=1e-8, generator=draw), cl.eigsh(H, 2, start=V, distrust=0.1, random_columns=0, **few)
+    xtrace, hutchinson = (cl.trace(H, method=m, num_matvecs=8, generator=draw) for m in ("xtrace", "hutchinson"))
+    numbers |= {"values": pairs.values, "residuals ±": pairs.residuals, "warm": warm.values}
+    for name, m in (("xtrace", xtrace), ("hutchinson", hutchinson)):
+        numbers[name] = torch.tensor([m.value, m.error, m.df, m.floor], dtype=F64)
+    return here, rows | {"vectors": pairs.vectors}, numbers
+
+
 def full(model: nn.Module) -> Tensor:
     return torch.cat([(p.full_tensor() if isinstance(p, DTensor) else p).detach().flatten() for p in model.parameters()])
 
@@ -143,6 +170,8 @@ def measure(rank: int, count: int, folder: str) -> None:
     """One of three ranks: everything."""
     started(rank, count, folder)
     found = operators(net(fsdp), "world") | trained(net(fsdp), "world", named(), torch.optim.Adam)
+    parts = [kept(net(fsdp), n, "world") for n in (N, 2)]
+    torch.save(parts, f"{folder}/kept {rank}.pt")
     ended(found | few(net(fsdp), "world"), folder)
 
 
@@ -150,22 +179,35 @@ def measure(rank: int, count: int, folder: str) -> None:
 def three(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("three"))
     torch.multiprocessing.spawn(measure, (3, folder), nprocs=3)
-    return [torch.load(f"{folder}/{rank}.pt") for rank in range(3)]
+    kept = [torch.load(f"{folder}/kept {rank}.pt") for rank in range(3)]
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(3)], kept
 
 
 def test_operators_of_shards_are_those_of_one_process(three):
-    assert_alike(three[0], operators(net()) | few(net()))
+    assert_alike(three[0][0], operators(net()) | few(net()))
+
+
+@pytest.mark.parametrize("i, n", [(0, N), (1, 2)])
+def test_vectors_that_ranks_keep_in_parts_are_those_of_one_process(three, i, n):
+    _, rows, numbers = kept(net(), n)
+    parts = [found[i] for found in three[1]]
+    assert torch.equal(torch.cat([here for here, _, _ in parts]).sort().values, torch.arange(len(rows["w"])))
+    assert max(len(here) for here, _, _ in parts) < len(rows["w"]) / 2
+    for here, own, found in parts:
+        assert_alike(own, {name: value[here] for name, value in rows.items()})
+        assert_alike(found, numbers)
+        assert all(torch.equal(value, parts[0][2][name]) for name, value in found.items())
 
 
 def test_every_diagnostic_of_a_sharded_training_is_that_of_one_process(three):
     expected = trained(net(), names=named(), optimizer=torch.optim.Adam)
     drawn = ("batch_sharpness", "batch_gradient_norm_variation")  # which batches they draw at step 1 hangs on rounding
     settled = {name: value for name, value in expected.items() if "1" not in name or not name.startswith(drawn)}
-    assert_alike(three[0], settled)
+    assert_alike(three[0][0], settled)
 
 
 def test_all_ranks_have_the_same_bits(three):
-    zero, *others = three
+    zero, *others = three[0]
     for other in others:
         for name, value in zero.items():
             assert torch.equal(torch.nan_to_num(value), torch.nan_to_num(other[name])), name
@@ -272,6 +314,26 @@ def refusals() -> dict[str, str]:
         "penalty": refused(lambda: gradient_norm_penalty(L, None, data), ValueError),
         "noise": refused(lambda: cl.methods.NoisyGD(model.parameters(), 0.1, objective=L, batch_size=2), ValueError),
     }
+    K = cl.Objective(model, "cross_entropy", data, group="world", sharded="keep")
+    for name, compute in {
+        "diagnostics": lambda: cl.measure(K, ["sharpness"]),
+        "batches": lambda: K.gradient(batch=torch.arange(3)),
+        "products with the GGN": lambda: cl.ggn(K),
+        "per-example gradients": lambda: K.example_gradients(),
+        "accuracies": lambda: K.accuracy(),
+        "products by engine='traced'": lambda: cl.hessian(K, engine="traced"),
+        "gradient flows": lambda: cl.gradient_flow(K, 2, lr=0.1),
+        "planes": lambda: landscape.plane(K, K.params(), K.params(), K.params(), [0.0], [0.0]),
+        "penalties and weight decay": lambda: TrainedObjective(K, weight_decay=0.1),
+    }.items():
+        found[name] = refused(compute, ValueError)
+    found["density"] = refused(lambda: cl.spectral_density(cl.hessian(K)), ValueError)
+    found["choice"] = refused(lambda: cl.Objective(model, "cross_entropy", data, group="world", sharded="no"), ValueError)
+    other = net(tensor_parallel)
+    found["undivided"] = refused(
+        lambda: cl.Objective(other, "cross_entropy", data, group="world", sharded="keep"), ValueError
+    )
+    found["unchecked"] = str(cl.trace(cl.hessian(K), method="hutchinson", num_matvecs=2) and K.checked)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "SMALL", 0)
         patch.setattr(memory, "free_bytes", lambda device: 100)
@@ -333,6 +395,11 @@ def test_methods_that_FSDP_calls_as_forward_are_measured(two):
         ("train", "steps of curvlab.train need every parameter whole on each rank, and parameter conv.weight is sharded"),
         ("penalty", "micro-batches of a penalty need all data in one process"),
         ("frozen", "the frozen parameter again.bias is sharded and has changed since it was gathered; call L.params()"),
+        *((name, f"{name} need whole vectors on each rank, and with sharded='keep' each holds parts") for name in WHOLE),
+        ("density", "the Hessian is 120 x 120, of which"),
+        ("choice", "sharded is 'no'; expected 'gather' or 'keep'"),
+        ("undivided", "needs every variable divided among the 2 ranks of the group, once, and parameter conv.weight is not"),
+        ("unchecked", "unchecked: ranks keep parts of the parameters; check a smaller model, or sharded='gather'"),
         ("noise", "optimizers that add noise need every parameter whole on each rank"),
         ("memory", "gathering 8 sharded parameters, which every rank holds whole while it measures, takes"),
         ("sharded buffer", "buffer scale is sharded; expected buffers that every rank has whole, as FSDP leaves them"),

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..memory import require
 from .operator import LinearOperator, relative_error
 from .probes import normal
+from .rows import Rows, rows_of
 
 Which = Literal["LA", "SA", "LM"]
 EXPLORE = 6  # rounds from a random vector before its residual says anything: in many dimensions it starts small, and
@@ -118,7 +119,7 @@ def eigsh(
         >>> [round(x, 6) for x in pairs.values.tolist()]
         [3.0, 1.0]
     """
-    P = A.shape[0]
+    rows, P = rows_of(A), A.shape[0]
     if not 1 <= k <= P:
         raise ValueError(f"k is {k}; expected 1 to {P}, the size of the matrix")
     if which not in ("LA", "SA", "LM"):
@@ -132,7 +133,8 @@ def eigsh(
     max_basis = min(P, max_basis)
     held = 2 * max_basis + 3 * (k + 1 + guards)
     fix = f"pass a smaller k, max_basis={k + 2} (more products), or measure a block of the parameters"
-    require(held * P * A.dtype.itemsize, A.device, f"eigsh with k={k} of {P} rows, with {held} vectors,", fix)
+    what = f"eigsh with k={k} of {rows.count} rows, with {held} vectors,"
+    require(held * rows.count * A.dtype.itemsize, A.device, what, fix)
     max_matvecs = max(k, max_matvecs if max_matvecs is not None else 300 + 20 * k)
     eps = torch.finfo(A.dtype).eps
     errors = getattr(A, "errors", [])
@@ -158,7 +160,7 @@ def eigsh(
         floor = max(16 * eps, relative_error(errors[before:])) * scale
         unit = scale if bool(scale > 0) else torch.ones_like(scale)
         R = (AX - X * theta[:reported].to(V)).div_(unit)  # so that no square overflows or vanishes
-        residuals = unit * torch.linalg.vector_norm(R, dim=0, dtype=torch.float64).cpu()
+        residuals = unit * rows.norms(R).cpu()
         wanted = torch.nonzero(residuals[:k] > torch.clamp(tol * scale, min=floor))[:, 0].tolist()
         tolerance = max(tol * float(scale), float(floor))
         joins = warm and not explore and float(residuals[:k].max()) > distrust * float(theta[:k].abs().max())
@@ -166,7 +168,7 @@ def eigsh(
         if joins:
             explore, wanted = True, [*wanted, R.shape[1]]
             reserve = k if verify is not False and matvecs + k <= max_matvecs else 0
-            R = torch.cat([R, normal((P, 1), R, generator=generator)], 1)
+            R = torch.cat([R, rows.drawn(lambda n: normal((n, 1), block, generator=generator))], 1)
         if not wanted:
             explored += 1
             if explored <= EXPLORE and lead.shape[1]:
@@ -185,12 +187,12 @@ def eigsh(
         if V.shape[1] + len(wanted) > max_basis:
             keep = min(max(k + 1, max_basis // 2), V.shape[1])
             wanted = wanted[: max_basis - keep]
-            V, AV = _orthonormal_again(V @ Y[:, :keep], AV @ Y[:, :keep])
+            V, AV = _orthonormal_again(V @ Y[:, :keep], AV @ Y[:, :keep], rows)
             basis.restart(V)
             images.restart(AV)
             T = _symmetric(_projected(A, V, AV))
             V, AV = basis.matrix, images.matrix
-        B = orthonormalize(R[:, wanted], V, min_norm=4 * eps)
+        B = orthonormalize(R[:, wanted], V, min_norm=4 * eps, rows=rows)
         if B.shape[1] == 0:  # the basis is invariant to rounding: nothing is left to find in it
             break
         AB = A @ B
@@ -202,14 +204,13 @@ def eigsh(
 
     guard_vectors, guard_values = X[:, k : k + guards], theta[k : k + guards].to(V.device)
     X, AX = X[:, :k], AX[:, :k]
-    length = torch.linalg.vector_norm(X, dim=0, dtype=torch.float64)
-    signed = (length * torch.sign(X.gather(0, X.abs().argmax(0, keepdim=True)))).to(X.dtype)
+    signed = (rows.norms(X) * torch.sign(rows.largest(X))).to(X.dtype)
     X = X / signed
     AX = A @ X if reserve else AX / signed
     matvecs += reserve
-    values = (X * AX).sum(0, dtype=torch.float64)
+    values = rows.sum((X * AX).sum(0, dtype=torch.float64))
     R = (AX - X * values.to(X.dtype)).div_(unit)
-    residuals = unit * torch.linalg.vector_norm(R, dim=0, dtype=torch.float64)
+    residuals = unit * rows.norms(R)
     descending = torch.argsort(values, descending=True)
     return Eigenpairs(
         values=values[descending],
@@ -226,53 +227,57 @@ def eigsh(
     )
 
 
-def orthonormalize(B: Tensor, against: Tensor | None = None, *, min_norm: float = 0.0) -> Tensor:
+def orthonormalize(
+    B: Tensor, against: Tensor | None = None, *, min_norm: float = 0.0, rows: Rows | None = None
+) -> Tensor:
     """An orthonormal basis of the columns of B, orthogonal to the orthonormal columns of `against`.
 
     Gram-Schmidt, twice ("twice is enough"): as a block against `against`, with unit length in between; then column by
     column among themselves, where a short remainder is mostly rounding and goes through all of it again. Columns that keep
-    less than `min_norm`, or no more than rounding of their length, are dropped, so the result may have fewer columns.
+    less than `min_norm`, or no more than rounding of their length, are dropped, so the result may have fewer columns. `rows`
+    says which rows are here, where other processes hold the rest.
     """
+    rows = rows or Rows(len(B))
     Q = B[:, :0] if against is None else against
     short = 100 * torch.finfo(B.dtype).eps
-    B, alive = _unit(B, min_norm)
-    B, long = _unit(B - Q @ (Q.T @ B), short)
-    B, alive = B - Q @ (Q.T @ B), alive & long
+    B, alive = _unit(B, min_norm, rows)
+    B, long = _unit(B - Q @ rows.sum(Q.T @ B), short, rows)
+    B, alive = B - Q @ rows.sum(Q.T @ B), alive & long
     found = B[:, :0]
     for v in B.T:  # a column that is dropped is zero until the end, so that a device need not be waited for
-        v, long = _unit((v - found @ (found.T @ v))[:, None], short)
+        v, long = _unit((v - found @ rows.sum(found.T @ v))[:, None], short, rows)
         if found.shape[1]:
-            v = v - Q @ (Q.T @ v)
-            v = v - found @ (found.T @ v)
+            v = v - Q @ rows.sum(Q.T @ v)
+            v = v - found @ rows.sum(found.T @ v)
         alive[found.shape[1]] &= long[0]
-        found = torch.cat([found, _unit(v, 0.0)[0]], 1)
+        found = torch.cat([found, _unit(v, 0.0, rows)[0]], 1)
     return found[:, alive]
 
 
-def _unit(B: Tensor, shortest: float) -> tuple[Tensor, Tensor]:
+def _unit(B: Tensor, shortest: float, rows: Rows) -> tuple[Tensor, Tensor]:
     """The columns at unit length to less than rounding of their own precision, or zero where they are not longer than
     `shortest`; and which are longer.
     """
-    lengths = torch.linalg.vector_norm(B, dim=0, dtype=torch.float64)
+    lengths = rows.norms(B)
     long = lengths > shortest
     return torch.where(long, B / lengths, 0).to(B.dtype), long
 
 
 def _projected(A: LinearOperator | Tensor, V: Tensor, AV: Tensor) -> Tensor:
     """Vᵀ A V, on the CPU, where the small matrices are."""
-    return _finite(A, _inner(V, AV).cpu())
+    return _finite(A, _inner(V, AV, rows_of(A)).cpu())
 
 
-def _inner(V: Tensor, W: Tensor) -> Tensor:
+def _inner(V: Tensor, W: Tensor, rows: Rows) -> Tensor:
     """Vᵀ W in float64, in parts of the rows, so that no copy of V is made: float32 sums would cost half of the digits."""
-    rows = -(-V.shape[0] // PARTS)
-    parts = zip(V.split(rows), W.split(rows), strict=True)
-    return torch.stack([v.double().T @ w.double() for v, w in parts]).sum(0)
+    some = max(1, -(-V.shape[0] // PARTS))
+    parts = zip(V.split(some), W.split(some), strict=True)
+    return rows.sum(torch.stack([v.double().T @ w.double() for v, w in parts]).sum(0))
 
 
-def _orthonormal_again(X: Tensor, AX: Tensor) -> tuple[Tensor, Tensor]:
+def _orthonormal_again(X: Tensor, AX: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """X, orthonormal but for rounding that restarts pile up, and A X: one Newton step towards X (XᵀX)^(-1/2)."""
-    step = (1.5 * torch.eye(X.shape[1], dtype=torch.float64, device=X.device) - 0.5 * _inner(X, X)).to(X.dtype)
+    step = (1.5 * torch.eye(X.shape[1], dtype=torch.float64, device=X.device) - 0.5 * _inner(X, X, rows)).to(X.dtype)
     return X @ step, AX @ step
 
 
@@ -319,17 +324,19 @@ def _start_block(
     generator: torch.Generator | None,
 ) -> Tensor:
     """An orthonormal block of k to `room` columns: the given ones and random ones, which are drawn and then cut to fit."""
-    P = A.shape[0]
+    rows, P = rows_of(A), A.shape[0]
     like = torch.empty(0, dtype=A.dtype, device=A.device)
-    given = like.reshape(P, 0) if start is None else start.detach().reshape(start.shape[0], -1)
-    if given.shape[0] != P:
-        raise ValueError(f"start has {given.shape[0]} rows; expected {P}, the size of the matrix")
-    given = orthonormalize(given.to(like)[:, torch.isfinite(given).all(0)])
+    given = like.reshape(rows.count, 0) if start is None else start.detach().reshape(start.shape[0], -1)
+    if given.shape[0] != rows.count:
+        raise ValueError(f"start has {given.shape[0]} rows; expected {rows.count}, the size of the matrix")
+    bad = rows.sum((~torch.isfinite(given)).sum(0))
+    given = orthonormalize(given.to(like)[:, bad == 0], rows=rows)
     given = given[:, : max(k, room - random_columns)]
     random = max(random_columns if given.shape[1] else 0, k - given.shape[1])
     if random == 0:
         return given
-    noise = orthonormalize(normal((P, min(random, P)), like, generator=generator), given)
+    noise = rows.drawn(lambda n: normal((n, min(random, P)), like, generator=generator))
+    noise = orthonormalize(noise, given, rows=rows)
     return torch.cat([given, noise], 1)[:, :room]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..memory import require
+from .rows import Rows, rows_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class LinearOperator:
         name: what it is, for messages.
         errors: of each product so far that was off by more than rounding: of unit vectors, how far it was off, and how long
             it was, at most.
+        rows: which rows of its vectors are here, where several processes hold parts of them; None for all.
     """
 
     matmat: Callable[[Tensor], Tensor]
@@ -34,21 +36,24 @@ class LinearOperator:
     device: torch.device = torch.device("cpu")  # noqa: RUF009  a torch.device is immutable
     name: str = "A"
     errors: list[tuple[float, float]] = field(default_factory=list)
+    rows: Rows | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return (self.size, self.size)
 
     def __matmul__(self, V: Tensor) -> Tensor:
-        """A @ V for V of shape (P,) or (P, K).
+        """A @ V for V of shape (P,) or (P, K), or of the rows of it that are here.
 
         Raises:
             ValueError: if the shape, dtype or device of V does not fit.
         """
-        if V.ndim not in (1, 2) or V.shape[0] != self.size:
+        here = rows_of(self).count
+        if V.ndim not in (1, 2) or V.shape[0] != here:
+            some = "" if here == self.size else f", of which {here} rows are on this rank"
             raise ValueError(
-                f"{self.name} is {self.size} x {self.size}; it cannot multiply shape {tuple(V.shape)}. "
-                f"Pass ({self.size},) or ({self.size}, K)"
+                f"{self.name} is {self.size} x {self.size}{some}; it cannot multiply shape {tuple(V.shape)}. "
+                f"Pass ({here},) or ({here}, K)"
             )
         if V.dtype != self.dtype or V.device != self.device:
             raise ValueError(
@@ -95,4 +100,7 @@ def dense(A: LinearOperator | Tensor) -> Tensor:
     """
     P = A.shape[0]
     require(2 * P * P * A.dtype.itemsize, A.device, f"a dense matrix of {P} rows", "use eigsh or trace, which take products")
-    return A @ torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
+    rows, E = rows_of(A), torch.eye(P, dtype=A.dtype, device=A.device)
+    if rows.here is None:
+        return A @ E
+    return rows.sum(torch.zeros_like(E).index_copy(0, rows.here.to(A.device), A @ E[rows.here]))

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..measurement import Measurement
 from .operator import LinearOperator, dense
 from .probes import normal, rademacher
+from .rows import Rows, rows_of
 
 
 def trace(
@@ -88,7 +89,7 @@ def credited(degrees: float) -> float:
 
 
 def quadratic_mean(
-    Z: Tensor, Y: Tensor, *, offset: float = 0.0, floor: float = 0.0, block: bool = False
+    Z: Tensor, Y: Tensor, *, offset: float = 0.0, floor: float = 0.0, block: bool = False, rows: Rows | None = None
 ) -> Measurement:
     """`offset` plus the mean of zᵀMz over random signs Z (P, n), from the images Y = M Z, with its standard error.
 
@@ -100,29 +101,32 @@ def quadratic_mean(
 
     With `block`, Z and Y are some of the rows only, and the result is the trace of that diagonal block B of M. There
     Var = Σ_p Var(z_p y_p) + ‖B‖_F² - Σ B_pp², and ‖B‖_F² is the mean of (z_jᵀy_k)(z_kᵀy_j) over pairs of probes, each
-    product over the rows of the block; the difference lies between zero and the first sum.
+    product over the rows of the block; the difference lies between zero and the first sum. `rows` says which rows of Z and Y
+    are here, where other processes hold the rest.
     """
+    rows = rows or Rows(len(Z))
     Z, Y = Z.double(), Y.double()
     terms, n = Z * Y, Y.shape[1]
-    variance = 2 * float(terms.var(1, correction=1).sum())
+    variance = 2 * float(rows.sum(terms.var(1, correction=1).sum()))
     if block:
         each = variance / 2
         crossed = (Z.T @ Y) * (Y.T @ Z)
         squares = float(crossed.fill_diagonal_(0).sum()) / (n * (n - 1))
         diagonal = float(terms.mean(1).square().sum()) - each / n
         variance = each + min(max(squares - diagonal, 0.0), each)
-    U = Y / torch.linalg.vector_norm(Y, dim=0).clamp_min(torch.finfo(torch.float64).tiny)
-    overlap = float((U.T @ U).fill_diagonal_(0).square().sum()) / (n * (n - 1))
+    U = Y / rows.norms(Y).clamp_min(torch.finfo(torch.float64).tiny)
+    overlap = float(rows.sum(U.T @ U).fill_diagonal_(0).square().sum()) / (n * (n - 1))
     df = (n - 1) / min(1.0, max(overlap, 1e-4))
-    return Measurement(offset + float(terms.sum(0).mean()), math.sqrt(variance / n), "sem", df=df, floor=floor)
+    return Measurement(offset + float(rows.sum(terms.sum(0)).mean()), math.sqrt(variance / n), "sem", df=df, floor=floor)
 
 
 def _hutchinson(A: LinearOperator | Tensor, probes: int, generator: torch.Generator | None) -> Measurement:
-    Z = rademacher((A.shape[0], probes), A.device, A.dtype, generator=generator)
+    rows = rows_of(A)
+    Z = rows.drawn(lambda n: rademacher((n, probes), A.device, A.dtype, generator=generator))
     AZ = A @ Z
     _require_finite(AZ)
-    rounding = float(torch.linalg.vector_norm(AZ, dim=0).max()) * math.sqrt(A.shape[0])
-    return quadratic_mean(Z, AZ, floor=8 * torch.finfo(A.dtype).eps * rounding)
+    rounding = float(rows.norms(AZ).max()) * math.sqrt(A.shape[0])
+    return quadratic_mean(Z, AZ, floor=8 * torch.finfo(A.dtype).eps * rounding, rows=rows)
 
 
 def _xtrace(A: LinearOperator | Tensor, m: int, generator: torch.Generator | None) -> Measurement:
@@ -143,14 +147,15 @@ def _xtrace(A: LinearOperator | Tensor, m: int, generator: torch.Generator | Non
     is an unbiased estimate of the variance of the mean. A negative second sum, which is chance, is left out.
     """
     P = A.shape[0]
-    Omega = normal((P, m), torch.empty(0, dtype=A.dtype, device=A.device), generator=generator)
-    Omega = Omega * (math.sqrt(P) / torch.linalg.vector_norm(Omega, dim=0))
+    rows, like = rows_of(A), torch.empty(0, dtype=A.dtype, device=A.device)
+    Omega = rows.drawn(lambda n: normal((n, m), like, generator=generator))
+    Omega = Omega * (math.sqrt(P) / rows.norms(Omega)).to(like)
     Y = A @ Omega
     _require_finite(Y)
-    Q, R = torch.linalg.qr(Y)
+    Q, R = rows.qr(Y)
     AQ = A @ Q
     _require_finite(AQ)
-    H, W, R = (Q.T @ AQ).double(), (Q.T @ Omega).double(), R.double()
+    H, W, R = rows.sum(Q.T @ AQ).double(), rows.sum(Q.T @ Omega).double(), R.double()
 
     def without(index: Tensor) -> tuple[Tensor, Tensor]:
         """t_i for every i in a row of `index` (B, q), made without the probes of that row; and the scale of its rounding."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..linalg import LinearOperator
 from ..objective import Chunk, Objective
 from ..self_check import check_outputs
+from ..sharded import require_gathered
 
 
 def ggn(
@@ -34,6 +35,7 @@ def ggn(
     """
     if output_hessian not in ("loss", "identity"):
         raise ValueError(f"output_hessian is {output_hessian!r}; expected 'loss' or 'identity'")
+    require_gathered(L, "products with the GGN")
     check_outputs(L)
     w = L.point(w)
     L.ranks.agree("the point", w)

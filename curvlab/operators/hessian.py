@@ -36,4 +36,5 @@ def hessian(
         tensor([0.5000, 0.5000])
     """
     products = products or HessianProducts(L, L.point(w), engine=engine)
-    return LinearOperator(products.matmat, L.num_params, L.dtype, L.device, "the Hessian", products.errors)
+    errors, rows = products.errors, L.entries
+    return LinearOperator(products.matmat, rows.size, L.dtype, L.device, "the Hessian", errors, rows)
