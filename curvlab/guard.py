@@ -65,6 +65,7 @@ def _measuring(model: nn.Module, train_mode: bool, device: str) -> Iterator[None
     attributes = [(vars(module), dict(vars(module)), _contents(vars(module))) for module, _ in flags]
     recurrent = any(isinstance(module, nn.RNNBase) for module, _ in flags)
     patched = [state for state, *_ in attributes if {"forward", "_original_forward"} <= state.keys()]
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     cached, parametrize._cache_enabled = parametrize._cache_enabled, 0
     _active.append((model, train_mode))
     try:
@@ -86,7 +87,8 @@ def _measuring(model: nn.Module, train_mode: bool, device: str) -> Iterator[None
                 state["forward"] = state["_original_forward"]
             for state, *_ in attributes:
                 state.update((key, OrderedDict()) for key in _BACKWARD_HOOKS if state[key])
-                _set_aside_distribution(state)
+                if distributed:
+                    _set_aside_distribution(state)
             yield
     finally:
         _active.pop()

@@ -260,8 +260,9 @@ def log_of(diagnostics, steps):
     return [dict(at.measurements) for at in cl.train(L, optimizer, batches, diagnostics=diagnostics, test=test)]
 
 
-# In ten steps control variates are fitted anew and windows of pooled variance fill.
-@pytest.mark.parametrize("steps", [2, pytest.param(10, marks=pytest.mark.slow)])
+# In eighteen steps control variates are fitted anew and windows of pooled variance fill.
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [2, 18])
 def test_one_diagnostic_more_changes_no_other_in_training(steps):
     together, backwards = (log_of(asked([*DIAGNOSTICS][::order]), steps) for order in (1, -1))
     for name in DIAGNOSTICS:

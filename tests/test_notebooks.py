@@ -72,7 +72,7 @@ def test_the_stored_outputs_name_no_place_of_the_machine(source):
     assert not [place[0] for place in places if place]
 
 
-@pytest.mark.parametrize("source", some(SOURCES, 4), ids=lambda source: source.stem)
+@pytest.mark.parametrize("source", some(SOURCES, 8), ids=lambda source: source.stem)
 def test_reduced_notebooks_run(source, tmp_path):
     code = "\n\n".join(c.source for c in execute.read(source, reduced=True).cells if c.cell_type == "code")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg", "TMPDIR": str(tmp_path)}

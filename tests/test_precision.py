@@ -74,6 +74,9 @@ def test_rounding_is_inside_the_floor(net, loss):
     single, double = (cl.measure(L, NAMES, **given) for L in trained(net, loss))
     for name in NAMES:
         a, b = single[name], double[name]
+        if a.value is None and name == "difference_sharpness":  # kinks are nearer than the steps of float32
+            assert net in ("relu", "convolutions", "batch normalization")
+            continue
         assert (a.value is None) == (b.value is None), name
         if a.value is None:
             continue
