@@ -49,20 +49,9 @@ def _quiet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("lightning.pytorch", "lightning.fabric", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    forget_accelerator()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning|torch|transformers|accelerate")
         yield
-    forget_accelerator()
-
-
-def forget_accelerator():
-    """accelerate shares its settings within a process, and refuses others."""
-    if "accelerate" in sys.modules:
-        from accelerate.state import AcceleratorState, GradientState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
 
 
 def net():

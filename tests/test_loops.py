@@ -8,7 +8,6 @@ the same loop without a monitor. Styles of packages that are not installed are s
 
 import datetime
 import logging
-import sys
 import warnings
 
 import numpy as np
@@ -254,22 +253,6 @@ STYLES = {
     "transformers": (transformers, 8),
     "accelerate": (accelerate, 8),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_accelerator_at_a_time():
-    """accelerate shares its settings within a process, and refuses others."""
-
-    def forget():
-        if "accelerate" in sys.modules:
-            from accelerate.state import AcceleratorState, GradientState
-
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-
-    forget()
-    yield
-    forget()
 
 
 def check(rows, run, batch_size):
