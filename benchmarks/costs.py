@@ -2,7 +2,7 @@
 
 A product is one H @ v over all data. A pass is one evaluation of the model on all data, mostly with a gradient, or a
 gradient that rides on the evaluation of another pass. Counted, not timed, so the machine does not matter: at a single
-point, and per step of a run once tracking has settled (the mean of eight steps, which is one cycle of the control
+point, and per step of a run once tracking has settled (the mean of sixteen steps, which is one cycle of the control
 variates). The README's table is made from this record.
 
     python benchmarks/costs.py            # all diagnostics, some minutes; writes benchmarks/records/costs.json
@@ -22,7 +22,7 @@ import curvlab as cl
 from curvlab.capture import Capture
 from curvlab.diagnostics import DIAGNOSTICS
 
-SETTLED, CYCLE = 8, 8  # steps before counting, and counted
+SETTLED, CYCLE = 8, 16  # steps before counting, and counted
 
 
 class Counting(cl.Objective):
