@@ -227,8 +227,10 @@ def same_buffers(L: Objective) -> None:
     Raises:
         ValueError: naming the first of them.
     """
+    if L.ranks.count == 1:
+        return
     found = {name: b for name, b in L.model.named_buffers() if b.is_floating_point()}
-    if found and L.ranks.count > 1:
+    if found:
         what = f"buffers such as {next(iter(found))}, which SyncBatchNorm would keep alike"
         L.ranks.agree(what, L.join([gathered(b.detach()).double() for b in found.values()]))
 

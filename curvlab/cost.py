@@ -182,7 +182,8 @@ def rehearsal(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> Rehearsal:
     """
     L, chunk = at.objective, min(at.objective.size, at.objective.chunk_size)
     some = max(1, min(-(-L.size // 8), chunk))
-    part, full = _restricted(at, some), _restricted(at, chunk)
+    part = _restricted(at, some)
+    full = part if some == chunk else _restricted(at, chunk)
     here = _prices(part)
     whole = here if some == chunk else _prices(full)
     with Allocations() as memory:

@@ -209,16 +209,11 @@ def _contents(state: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def random_states() -> Iterator[None]:
     """Put the random states of Python, numpy, torch and CUDA back afterwards."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    before = get_random_states()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        set_random_states(before)
 
 
 def get_random_states() -> dict[str, Any]:

@@ -235,12 +235,12 @@ class Objective:
 
     def value(self, w: Tensor | None = None, batch: Any = None) -> Tensor:
         """L(w), a float64 scalar; or the mean over a `batch`, given by indices (b,) or as it is."""
-        w = self.point(w)  # gathered once, however often memory ends
+        w = self.params() if w is None else w  # gathered once, however often memory ends
         return self.fitting(lambda: self._value(w, batch))
 
     def gradient(self, w: Tensor | None = None, batch: Any = None) -> Tensor:
         """∇L(w), (P,); or the mean gradient of a `batch`, given by indices (b,) or as it is."""
-        w = self.point(w)
+        w = self.params() if w is None else w
         return self.fitting(lambda: self._gradient(w, batch))
 
     def _value(self, w: Tensor, batch: Any) -> Tensor:
