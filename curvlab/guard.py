@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import random
 import sys
 import threading
@@ -25,6 +26,7 @@ _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _lock = threading.RLock()  # backend flags, random states and the model are one for all threads
 _active: list[tuple[nn.Module, bool]] = []
+_numpy_last: list[Any] = [b"", ()]  # words of numpy's generator and its state, when that was read last
 
 
 @contextlib.contextmanager
@@ -81,8 +83,9 @@ def _measuring(model: nn.Module, train_mode: bool, device: str) -> Iterator[None
             if "torch._dynamo" in sys.modules:  # something may be compiled: a module, its forward, a function inside
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             if not (train_mode and model.training):
-                for module, _ in flags:  # not model.train(), which some models override to do more
-                    module.training = train_mode
+                for module, training in flags:  # not model.train(), which some models override to do more
+                    if training != train_mode:
+                        module.training = train_mode
             for state in patched:  # by accelerate, for mixed precision
                 state["forward"] = state["_original_forward"]
             for state, *_ in attributes:
@@ -93,8 +96,6 @@ def _measuring(model: nn.Module, train_mode: bool, device: str) -> Iterator[None
     finally:
         _active.pop()
         parametrize._cache_enabled = cached
-        for module, training in flags:
-            module.training = training
         for state, before, contents in attributes:
             for name in state.keys() - before.keys():
                 del state[name]
@@ -102,6 +103,9 @@ def _measuring(model: nn.Module, train_mode: bool, device: str) -> Iterator[None
             for name, items in contents.items():
                 state[name].clear()
                 (state[name].extend if isinstance(items, list) else state[name].update)(items)
+        for module, training in flags:
+            if module.training != training:  # of a module of TorchScript, whose flag is no attribute
+                module.training = training
 
 
 def _set_aside_distribution(state: dict[str, Any]) -> None:
@@ -209,26 +213,46 @@ def _contents(state: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def random_states() -> Iterator[None]:
     """Put the random states of Python, numpy, torch and CUDA back afterwards."""
-    before = get_random_states()
+    before, words = get_random_states(), _numpy_words()
     try:
         yield
     finally:
-        set_random_states(before)
+        set_random_states(before, numpy=words != _numpy_words() or _keeps_a_normal(before["numpy"]))
+
+
+def _numpy_words() -> bytes:
+    """The words of numpy's global generator and its place among them, read where they are, in 1 µs."""
+    generator = np.random.get_bit_generator()
+    return ctypes.string_at(generator.ctypes.state_address, 4 * 624 + 4)
+
+
+def _keeps_a_normal(state: Any) -> bool:
+    """Whether numpy has drawn two normal numbers and given one: its next one changes no word."""
+    return bool(state[3])
+
+
+def _numpy_state() -> Any:
+    """`np.random.get_state()`, which takes 60 µs, called only where numbers may have been drawn since."""
+    words = _numpy_words()
+    if words != _numpy_last[0] or _keeps_a_normal(_numpy_last[1]):
+        _numpy_last[:] = words, np.random.get_state()
+    return _numpy_last[1]
 
 
 def get_random_states() -> dict[str, Any]:
     """The random states of Python, numpy, torch and CUDA, as tensors and plain values."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = _numpy_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     numpy = [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest]
     return {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state(), "cuda": cuda}
 
 
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `get_random_states` gave."""
+def set_random_states(states: dict[str, Any], *, numpy: bool = True) -> None:
+    """Put back what `get_random_states` gave; that of `numpy` need not be where it has not changed."""
     kind, keys, *rest = states["numpy"]
     random.setstate(states["python"])
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if numpy:
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"]:
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

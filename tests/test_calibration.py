@@ -24,7 +24,7 @@ import curvlab as cl
 from curvlab.diagnostics import DIAGNOSTICS, covariance
 from curvlab.diagnostics.interaction import REFRESH
 
-QUICK, MANY = 300, 2000
+QUICK, MANY = 200, 2000
 INTERACTION = ("interaction_trace", "interaction_sharpness", "instability")
 
 
@@ -335,7 +335,7 @@ def _loss_difference(p: Point, b: int, lr: float, samples: int | None, seeds: in
     ],
 )
 def test_expected_loss_difference(name, lr, b):
-    _loss_difference(point(name), b, lr, None, 150)
+    _loss_difference(point(name), b, lr, None, 100)
 
 
 @pytest.mark.slow
@@ -542,7 +542,7 @@ def _tracked(steps: int, lr: float, loss: str, seeds: int) -> np.ndarray:
 
 
 def test_tracked_interaction_in_a_run():
-    inside = _tracked(32, 0.2, "cross_entropy", 4)
+    inside = _tracked(20, 0.2, "cross_entropy", 4)
     assert_calibrated(int(inside.sum()), inside.size, "tracked interaction_trace")
 
 

@@ -428,7 +428,7 @@ def test_no_number_in_a_run_depends_on_who_else_is_measured():
         d = Dense((2, 3, 2), 20, "cross_entropy", seed=4)
         adam = torch.optim.Adam(d.model.parameters(), lr=0.05)
         found: dict[str, list] = {name: [] for name in names}
-        for at in cl.train(d.L, adam, cl.Batches(20, 4, 10), diagnostics=names, test=d.held_out):
+        for at in cl.train(d.L, adam, cl.Batches(20, 4, 6), diagnostics=names, test=d.held_out):
             for name in names:
                 found[name].append(record(at.measurements[name]) | {"seconds": 0, "matvecs": 0})
         return found

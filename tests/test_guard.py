@@ -7,7 +7,9 @@ the step that is taken. Behaviour only: the state of model, optimizer and proces
 from __future__ import annotations
 
 import copy
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from states import (
     flags,
     numbers,
     objectives,
+    random_states,
     seeded,
     state,
     tensors,
@@ -203,6 +206,23 @@ def test_inside_the_guard():
         assert not model[1].training  # frozen by the user
     assert model[0].training
     assert not model[1].training
+
+
+@pytest.mark.parametrize(
+    "draw", [np.random.randn, np.random.rand, random.random, lambda: random.gauss(0, 1), lambda: torch.rand(1)]
+)
+@pytest.mark.parametrize("drawn", range(4))
+def test_numbers_that_are_drawn_inside_are_drawn_again(draw, drawn):
+    """Of two normal numbers numpy keeps one for later, which changes none of its words."""
+    model = nn.Linear(1, 1)
+    for _ in range(drawn):
+        np.random.randn()
+    before = random_states()
+    for times in range(3):
+        with measuring(model):
+            for _ in range(times):
+                draw()
+        assert random_states() == before
 
 
 # -- snapshots of training ------------------------------------------------------------------------------------------

@@ -70,8 +70,16 @@ def test_two_ways_to_a_dense_hessian_agree(case):
 # -- products over all cases and chunkings -------------------------------------------------------------------------
 
 
-@each_chunking
-@pytest.mark.parametrize("case, engine", [(c, e) for c in CASES for e in EAGER if runs(c, e)], ids=str)
+@pytest.mark.parametrize(
+    "case, engine, chunking",
+    [
+        pytest.param(
+            *row, id="-".join(map(str, row)), marks=() if {"graph", "uneven"} & {*row[1:]} else pytest.mark.slow
+        )
+        for row in itertools.product(CASES, EAGER, CHUNKINGS)
+        if runs(*row[:2])
+    ],
+)
 def test_hessian(case, engine, chunking):
     problem, reference = solved(case.name)
     H = cl.hessian(problem.objective(chunk_size=CHUNKINGS[chunking]), reference.w, engine=engine)

@@ -6,6 +6,8 @@ numbers of products.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from curvlab.linalg import Eigenpairs, LinearOperator
 
 F64 = torch.float64
 STEPS = 40
+SEEDS = [pytest.param(range(0, 21, 4), id="some"), pytest.param(range(21), id="all", marks=pytest.mark.slow)]
 OBJECTIVE = cl.Objective(nn.Linear(1, 1), "squared_error", (torch.ones(1, 1), torch.ones(1, 1)))
 
 
@@ -81,12 +84,13 @@ MOVES = {
 }
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("move", MOVES)
-def test_moving_eigenvalues_are_not_lost(move, k):
+def test_moving_eigenvalues_are_not_lost(move, k, seeds):
     """The eigenvectors stand still, so a tracked one that loses its rank keeps a residual of zero."""
     spent = []
-    for seed in range(12):
+    for seed in seeds[::2]:
         P = (20, 50, 200)[seed % 3]
         found, lost = follow([basis(P, seed)] * STEPS, [MOVES[move](P, t) for t in range(STEPS)], k, seed=seed)
         assert not lost.any()
@@ -94,12 +98,13 @@ def test_moving_eigenvalues_are_not_lost(move, k):
     assert np.mean(spent) <= (4 if k == 1 else 5)
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("angle", [0.02, 0.3, 1.5])
-def test_turning_eigenvectors_are_not_lost(angle, dtype, k):
+def test_turning_eigenvectors_are_not_lost(angle, dtype, k, seeds):
     """The whole basis turns by exp(angle K), K antisymmetric and random of norm 1: up to a new basis at every step."""
-    for seed in range(6):
+    for seed in seeds[::2]:
         P = (20, 60, 150)[seed % 3]
         turn, bases = rotation(P, angle, seed), [basis(P, seed)]
         for _ in range(STEPS - 1):
@@ -116,16 +121,17 @@ def rotation(P: int, angle: float, seed: int) -> Tensor:
     return torch.linalg.matrix_exp(angle * (K - K.T) / torch.linalg.matrix_norm(K - K.T, 2))
 
 
+@pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("k", [1, 5])
 @pytest.mark.parametrize("jump", [1.1, 2.0, 10.0, "split", "rise"])
-def test_what_rises_in_an_unseen_direction_is_found_within_16_steps(jump, k):
+def test_what_rises_in_an_unseen_direction_is_found_within_16_steps(jump, k, seeds):
     """Nothing that is tracked, nor the gradient, has any part of it: only a random vector can find it.
 
     "rise": the hidden eigenvalue grows by 0.5 a step from 3.25, so that it is the largest four steps later.
     "split": one of seven copies of the top eigenvalue leaves the others, of which no more than k + 1 have been seen.
     """
     waits = []
-    for seed in range(21):
+    for seed in seeds:
         P = (20, 100, 300)[seed % 3]
         rise = 3 + seed
         quiet = spectrum(P, *((5, 4, 3, 2) if jump != "split" else (5,) * 7))
@@ -210,16 +216,17 @@ TRAININGS = {
 }
 
 
-FAST = [("stable", "squared_error"), ("catapult", "squared_error"), ("jumps_of_lr", "cross_entropy")]
+FAST = [
+    ("stable", "squared_error", torch.float32), ("catapult", "squared_error", F64),
+    ("jumps_of_lr", "cross_entropy", torch.float32),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize(
-    ("case", "loss"),
+    ("case", "loss", "dtype"),
     [
-        pytest.param(case, loss, marks=() if (case, loss) in FAST else pytest.mark.slow)
-        for case in TRAININGS
-        for loss in ("squared_error", "cross_entropy")
+        pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
+        for case in itertools.product(TRAININGS, ("squared_error", "cross_entropy"), (torch.float32, F64))
     ],
 )
 def test_the_top_is_never_lost_in_training(case, loss, dtype):
