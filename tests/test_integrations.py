@@ -331,7 +331,9 @@ def huggingface(output, steps=4, data_collator=None, **options):
     return Trainer(gpt2(), arguments, train_dataset=text, data_collator=data_collator), text[:8]
 
 
-@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "precision", [pytest.param({}, id="float32", marks=pytest.mark.slow), pytest.param({"bf16": True}, id="bfloat16")]
+)
 def test_transformers_with_a_language_model_and_its_own_log(precision, tmp_path):
     installed("accelerate"), installed("transformers")
     from curvlab.integrations.transformers import CurvatureCallback

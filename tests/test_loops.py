@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from processes import together
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -325,7 +326,7 @@ def _rank(rank, folder):
 
 
 def test_distributed_data_parallel(tmp_path):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    together(_rank, 2, str(tmp_path))
     zero, one = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert torch.equal(zero["parameters"], one["parameters"])
     assert one["rows"] == []

@@ -398,7 +398,7 @@ def test_what_it_will_cost_is_said_before(capsys):
     assert capsys.readouterr().err.startswith("curvlab: step 0: measuring sharpness: ")
 
 
-@pytest.mark.parametrize("kind", ["mlp", "conv", "subset", "chunks"])
+@pytest.mark.parametrize("kind", ["mlp", "subset", *(pytest.param(k, marks=pytest.mark.slow) for k in ("conv", "chunks"))])
 def test_announced_products_are_right_within_a_factor_of_a_half(kind):
     model = net()
     data = (X.double() if kind != "conv" else X.double().view(-1, 1, 8, 8), Y)

@@ -62,8 +62,8 @@ def trained(name: str, loss: str) -> tuple[cl.Objective, cl.Objective]:
     "net, loss",
     [
         ("tanh", "cross_entropy"),
-        ("tanh", "squared_error"),
-        ("relu", "cross_entropy"),
+        pytest.param("tanh", "squared_error", marks=pytest.mark.slow),
+        pytest.param("relu", "cross_entropy", marks=pytest.mark.slow),
         ("convolutions", "squared_error"),
         ("batch normalization", "cross_entropy"),
         ("attention", "squared_error"),

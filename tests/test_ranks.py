@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from processes import together
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -102,7 +103,7 @@ def work(rank: int, count: int, folder: str, n: int) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder, count, n = str(tmp_path_factory.mktemp("ranks")), 3, 11
-    torch.multiprocessing.spawn(work, (count, folder, n), nprocs=count)
+    together(work, count, count, folder, n)
     return n, [torch.load(f"{folder}/{rank}.pt") for rank in range(count)]
 
 
@@ -172,7 +173,7 @@ def lost(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("two"))
-    torch.multiprocessing.spawn(lost, (folder,), nprocs=2)
+    together(lost, 2, folder)
     return folder
 
 
@@ -226,7 +227,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[T
 
 
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout_and_leaves_training_as_it_was(tmp_path):
-    context = torch.multiprocessing.spawn(hung, (str(tmp_path),), nprocs=2, join=False)
+    context = together(hung, 2, str(tmp_path), join=False)
     try:
         context.processes[0].join(60)
         message, step, seconds, same = torch.load(tmp_path / "hung.pt")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from processes import together
 from test_ranks import CLOSE, MICRO_BATCHES, assert_alike
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -179,7 +180,7 @@ def measure(rank: int, count: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("three"))
-    torch.multiprocessing.spawn(measure, (3, folder), nprocs=3)
+    together(measure, 3, 3, folder)
     kept = [torch.load(f"{folder}/kept {rank}.pt") for rank in range(3)]
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(3)], kept
 
@@ -367,7 +368,7 @@ def step(rank: int, count: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("two"))
-    torch.multiprocessing.spawn(step, (2, folder), nprocs=2)
+    together(step, 2, 2, folder)
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
 
 

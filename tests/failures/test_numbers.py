@@ -203,7 +203,7 @@ def test_F48_multiplicities_are_found_up_to_the_block():
     assert "not proven" in DIAGNOSTICS["hessian_eigenvalues"].function.__doc__  # found, never all
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 def test_F49_weights_that_are_not_finite(bad, tmp_path):
     model = mlp()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
