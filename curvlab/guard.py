@@ -222,7 +222,7 @@ def random_states() -> Iterator[None]:
 
 def _numpy_words() -> bytes:
     """The words of numpy's global generator and its place among them, read where they are, in 1 µs."""
-    generator = np.random.get_bit_generator()
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     return ctypes.string_at(generator.ctypes.state_address, 4 * 624 + 4)
 
 

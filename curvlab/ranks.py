@@ -84,6 +84,16 @@ class Ranks:
             dist.all_gather(found, padded, group=self._group)
         return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
 
+    def scatter(self, rows: Tensor) -> Tensor:
+        """Of the sums over ranks of rows, one for each rank, that of this rank."""
+        self.gathered += rows.nbytes  # as many bytes as gathering them takes
+        if self.count == 1:
+            return rows[0]
+        own = torch.empty_like(rows[:1])
+        with self._together():
+            dist.reduce_scatter_tensor(own, rows.contiguous(), group=self._group)
+        return own[0]
+
     def all(self, flag: bool) -> bool:
         """Whether something is so on every rank."""
         return flag if self.count == 1 else all(self._objects(flag))

@@ -105,46 +105,71 @@ class Kept:
     """
 
     def __init__(self, variables: dict[str, Any], ranks: Any) -> None:
+        count, rank = ranks.count, ranks.rank
         for name, p in variables.items():
             once = is_sharded(p) and p.device_mesh.ndim == 1 and p.placements[0].is_shard()
-            if not once or p.device_mesh.size() != ranks.count:
+            if not once or p.device_mesh.size() != count or p.device_mesh.get_local_rank() != rank:
                 raise ValueError(
-                    f"sharded='keep' needs every variable divided among the {ranks.count} ranks of the group, once, and "
-                    f"parameter {name} is not; pass sharded='gather', or leave it out by parameters="
+                    f"sharded='keep' needs every variable divided among the {count} ranks of the group, once and in their "
+                    f"order, and parameter {name} is not; pass sharded='gather', or leave it out by parameters="
                 )
         like = list(variables.values())
         self.shapes, self.sizes = [local(p).shape for p in like], [local(p).numel() for p in like]
-        self._ranks, self._whole = ranks, [p.shape for p in like]
-        self._lengths = [p.numel() for p in like]
-        self.size = sum(self._lengths)
-        places = torch.arange(self.size).split(self._lengths)
-        self.here = torch.cat([_part(place.view(p.shape), p).reshape(-1) for place, p in zip(places, like, strict=True)])
+        lengths = [p.numel() for p in like]
+        self.size, first = sum(lengths), 0
+        here = []
+        for p, length in zip(like, lengths, strict=True):
+            here.append(_parts(torch.arange(first, first + length).view(p.shape), p)[rank].reshape(-1))
+            first += length
+        self.here = torch.cat(here)
+        self._ranks, self._dims = ranks, [p.placements[0].dim for p in like]
+        empty = [_parts(torch.empty(p.shape, device="meta"), p) for p in like]
+        self._shapes = [[parts[r].shape for parts in empty] for r in range(count)]
+        self._room = max(sum(shape.numel() for shape in shapes) for shapes in self._shapes)
 
     def whole(self, parts: list[Tensor]) -> list[Tensor]:
         """Parts as whole parameters, differentiable as often as one likes."""
         own = torch.cat([part.reshape(-1) for part in parts])
-        flat = _Sum.apply(own.new_zeros(self.size).index_copy(0, self.here.to(own.device), own), self._ranks)
-        return [part.view(shape) for part, shape in zip(flat.split(self._lengths), self._whole, strict=True)]
+        rows = _Gathered.apply(torch.nn.functional.pad(own, (0, self._room - len(own))), self._ranks)
+        divided = []
+        for row, shapes in zip(rows, self._shapes, strict=True):
+            sizes = [shape.numel() for shape in shapes]
+            pieces = row[: sum(sizes)].split(sizes)
+            divided.append([piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)])
+        return [torch.cat(one, dim) for one, dim in zip(zip(*divided, strict=True), self._dims, strict=True)]
 
 
-def _part(whole: Tensor, like: Any) -> Tensor:
-    """The part of a tensor that this rank would have of it, were it divided as `like` is."""
-    dim, rank = like.placements[0].dim, like.device_mesh.get_local_rank()
-    parts = whole.chunk(like.device_mesh.size(), dim)
-    return parts[rank] if rank < len(parts) else whole.narrow(dim, 0, 0)
+def _parts(whole: Tensor, like: Any) -> list[Tensor]:
+    """What each rank would have of a tensor, were it divided as `like` is."""
+    dim, count = like.placements[0].dim, like.device_mesh.size()
+    parts = list(whole.chunk(count, dim))
+    return parts + [whole.narrow(dim, 0, 0)] * (count - len(parts))
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over ranks, on all of them; as a map it is its own transpose."""
+class _Gathered(torch.autograd.Function):
+    """The rows (n,) of all ranks, (K, n), on each of them."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, ranks: Any) -> Tensor:
         ctx.ranks = ranks
-        return ranks.sum(own)[0]
+        return ranks.gather(own[None], ranks.count)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(grad, ctx.ranks), None
+        return _Summed.apply(grad, ctx.ranks), None
+
+
+class _Summed(torch.autograd.Function):
+    """Of the sums over ranks of (K, n) rows the one of this rank: the transpose of gathering."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Any) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.scatter(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Gathered.apply(grad, ctx.ranks), None
 
 
 def require_gathered(L: Objective, what: str) -> None:

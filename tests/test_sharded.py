@@ -400,7 +400,7 @@ def test_methods_that_FSDP_calls_as_forward_are_measured(two):
         *((name, f"{name} need whole vectors on each rank, and with sharded='keep' each holds parts") for name in WHOLE),
         ("density", "the Hessian is 120 x 120, of which"),
         ("choice", "sharded is 'no'; expected 'gather' or 'keep'"),
-        ("undivided", "needs every variable divided among the 2 ranks of the group, once, and parameter conv.weight is not"),
+        ("undivided", "needs every variable divided among the 2 ranks of the group, once and in their order, and"),
         ("unchecked", "unchecked: ranks keep parts of the parameters; check a smaller model, or sharded='gather'"),
         ("noise", "optimizers that add noise need every parameter whole on each rank"),
         ("memory", "gathering 8 sharded parameters, which every rank holds whole while it measures, takes"),
