@@ -397,14 +397,14 @@ def finite_point(L: Objective, w: Tensor) -> None:
     Raises:
         FloatingPointError: naming the first of them.
     """
-    if bool(torch.isfinite(w).all()):
+    if L.kept is None and bool(torch.isfinite(w).all()):
         return
-    for name, p in L.unflatten(w).items():
-        if not torch.isfinite(p).all():
-            what = "NaN" if bool(p.isnan().any()) else "infinity"
-            raise FloatingPointError(
-                f"parameter {name} holds {what}: training has diverged; go back to a checkpoint and take a smaller lr"
-            )
+    where = L.not_finite(w).partition(" and ")[0]
+    if where:
+        what = "NaN" if bool(w.isnan().any()) else "infinity"
+        raise FloatingPointError(
+            f"{where} holds {what}: training has diverged; go back to a checkpoint and take a smaller lr"
+        )
 
 
 def _part(weights: Tensor | None, r: slice) -> Tensor | None:

@@ -102,7 +102,7 @@ def gradient_flow(
             "dtype=torch.float64, or pass a larger tol"
         )
     plan, sizes = parse(diagnostics), batch_sizes(batch_size)
-    require(plan, {"batch_size": sizes, "lr": lr, "test": test})
+    require(L, plan, {"batch_size": sizes, "lr": lr, "test": test})
     field = _Field(L, penalties, micro_batch_size, partition)
     for _, entry, options in field.terms:
         plan.setdefault(entry.name, options)

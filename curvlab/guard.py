@@ -22,6 +22,12 @@ _PRECISION: dict[str, tuple[Any, ...]] = {
     "cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),  # type: ignore[attr-defined]
     "cpu": (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn),  # type: ignore[attr-defined]
 }
+# What torch says on a CPU; the others are oneDNN without room for a kernel or its scratch, not one that it lacks.
+_NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "could not create a primitive\n",
+    "could not execute a primitive\n",
+)
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _lock = threading.RLock()  # backend flags, random states and the model are one for all threads
@@ -197,7 +203,7 @@ def _others_wait(modules: list[nn.Module]) -> Iterator[None]:
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory has ended, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(sign in f"{error}\n" for sign in _NO_MEMORY)
     )
 
 

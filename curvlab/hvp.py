@@ -153,12 +153,14 @@ class HessianProducts:
         if self.objective.kept is None:
             self.objective.ranks.agree("the vectors of a product", V)
         found = self._by_differences(V) if self.engine == "differences" else self._mean(V)
-        if not math.isfinite(float(found.sum())) and not torch.isfinite(found).all() and torch.isfinite(V).all():
-            raise FloatingPointError(
-                f"a product with the Hessian is not finite in {self.objective.not_finite(found.sum(1))}; the parameters "
-                "have diverged, or the loss has an infinite second derivative there (norm or sqrt at 0). Measure at other "
-                "parameters"
-            )
+        L = self.objective
+        if not math.isfinite(float(L.entries.sum(found.sum()))):  # which may be an overflow of the sum alone
+            where = L.not_finite((found * 0).sum(1))
+            if where and not L.not_finite((V * 0).sum(1)):
+                raise FloatingPointError(
+                    f"a product with the Hessian is not finite in {where}; the parameters have diverged, or the loss has an "
+                    "infinite second derivative there (norm or sqrt at 0). Measure at other parameters"
+                )
         return found
 
     @property

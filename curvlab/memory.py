@@ -3,6 +3,7 @@ system ends the process instead."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import weakref
 from pathlib import Path
@@ -36,6 +37,14 @@ def free_bytes(device: torch.device) -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = min([free, *(2**10 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))])
     return max(0, free)
+
+
+def give_back(device: torch.device) -> None:
+    """Let the system have what is free here: what torch has reserved on a GPU, what the C library holds on to on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif os.name == "posix" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def require(count: int, device: torch.device, what: str, fix: str) -> None:

@@ -139,7 +139,7 @@ class Monitor:
         first = _rank() == 0
         self.trackers: list[Any] = (list(log) if isinstance(log, list | tuple) else [log]) if first else []
         self.announce = announce if announce and first else (lambda text: None)
-        require(self.plan, {
+        require(L, self.plan, {
             "batch_size": self.batch_size, "lr": self.lr, "test": test, "batch_gradient": self.optimizer,
         })  # fmt: skip
         self.costs: dict[str, Any] = {}

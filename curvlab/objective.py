@@ -21,7 +21,7 @@ from .batches import Examples, batch_size, leaves, take, tree_map
 from .guard import functional_call, measuring, out_of_memory, seed_everything
 from .linalg.rows import Rows
 from .losses import Averaged, BatchLoss, Loss, convention, correct, cross_entropy, logits, reads_logits, resolve
-from .memory import chunk_that_fits, graphs_that_fit, require
+from .memory import chunk_that_fits, give_back, graphs_that_fit, require
 from .ranks import Ranks
 from .sharded import Constants, Kept, Sharded, found_in, gathered, local, parameters, require_gathered
 from .unwrap import unwrap
@@ -92,7 +92,8 @@ class Objective:
             that takes; the sharded model is not touched. Frozen parameters that are sharded are those of the last gathering.
         sharded: ``"gather"``, or ``"keep"``: all vectors are (p,), the entries of this rank's parts of the parameters, so
             that the many of an eigensolver are divided among the ranks; whole parameters are in graphs alone. For `value`,
-            `gradient`, `hessian`, `eigsh` and `trace`, which sum over the entries of all ranks; `entries` does so for
+            `gradient`, `hessian`, `eigsh`, `trace` and the diagnostics loss, sharpness, hessian_eigenvalues,
+            critical_sharpness and difference_sharpness, which sum over the entries of all ranks; `entries` does so for
             products and norms of one's own. Hessian-vector products are then not checked against differences.
 
     Raises:
@@ -195,8 +196,11 @@ class Objective:
         checks.same_buffers(self)
         if self.sharded:
             self._gathered.gather(self._others())
-        own = local if self.kept else gathered
-        return self.join([own(p.detach()).to(self.device, self.dtype) for p in self.variables()])
+        return self.join([self.held(p) for p in self.variables()])
+
+    def held(self, like: Tensor) -> Tensor:
+        """What vectors hold of a live tensor that is like a parameter: all of it, or the part that is kept here."""
+        return (local if self.kept else gathered)(like.detach()).to(self.device, self.dtype)
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """A flat (P,) vector as views by parameter name."""
@@ -227,8 +231,10 @@ class Objective:
         return [part.requires_grad_() for part in self.split(self.point(w))]
 
     def not_finite(self, v: Tensor) -> str:
-        """The parameters where a flat vector is not finite, in words; "" where it is."""
-        bad = [name for name, part in self.unflatten(v).items() if not torch.isfinite(part).all()]
+        """The parameters where a flat vector is not finite, in words; "" where it is. The same on all ranks."""
+        count = torch.stack([(~torch.isfinite(part)).sum() for part in self.split(v)])
+        count = self.ranks.sum(count)[0] if self.kept else count
+        bad = [name for name, some in zip(self._variables, count.tolist(), strict=True) if some]
         return "" if not bad else f"parameter {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
 
     # -- values ---------------------------------------------------------------------------------------------------
@@ -574,8 +580,6 @@ class Objective:
         size, self.given_chunk_size = self.chunk_size, self.chunk_size // 2
         self.__dict__.pop("chunk_size", None)
         self.memory //= 2
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
         _log.warning("memory ended with %d examples at once; going on with %d", size, self.given_chunk_size)
         return True
 
@@ -592,6 +596,7 @@ class Objective:
                 if not self.halve(error):
                     raise
             forget()  # after the error, whose traceback holds tensors
+            give_back(self.device)
 
     @cached_property
     def graph_bytes(self) -> float:

@@ -79,8 +79,7 @@ def stability_threshold(settings: dict[str, Any], lr: float) -> float | None:
 
 def flat_gradient(L: Objective) -> Tensor:
     """(P,) the gradient in the live model's `.grad`, zero where there is none."""
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in L.variables()]
-    return L.join([L._place(g.detach()) for g in grads])
+    return L.join([L.held(torch.zeros_like(p) if p.grad is None else p.grad) for p in L.variables()])
 
 
 def preconditioner(optimizer: torch.optim.Optimizer, L: Objective, *, coming: bool = True) -> Tensor | None:
@@ -114,4 +113,4 @@ def preconditioner(optimizer: torch.optim.Optimizer, L: Objective, *, coming: bo
             v = state.get("exp_avg_sq", torch.zeros_like(p))
             v = beta * v + (1 - beta) * g.square() if coming else v
             parts.append((v / (1 - beta**t)).sqrt() + group["eps"])
-    return L.join([L._place(part) for part in parts])
+    return L.join([L.held(part) for part in parts])

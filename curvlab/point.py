@@ -60,6 +60,6 @@ def measure(
         seed = int(torch.randint(2**31, (), generator=generator))
     plan = parse(diagnostics)
     sizes = batch_sizes(batch_size)
-    require(plan, {"batch_size": sizes, "lr": lr, "test": test})
+    require(L, plan, {"batch_size": sizes, "lr": lr, "test": test})
     at = Snapshot(L, L.point(w), seed=seed, batch_size=sizes, replacement=replacement, lr=lr, test=test, engine=engine)
     return evaluate(at, plan)

@@ -181,7 +181,8 @@ def require_gathered(L: Objective, what: str) -> None:
     if L.kept:
         raise ValueError(
             f"{what} need whole vectors on each rank, and with sharded='keep' each holds parts of them; pass "
-            "sharded='gather' to Objective, if they fit. Values, gradients, products with the Hessian, eigsh and trace work"
+            "sharded='gather' to Objective, if they fit. Values, gradients, products with the Hessian, eigsh, trace and "
+            "sharpness work"
         )
 
 

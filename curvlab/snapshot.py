@@ -18,7 +18,6 @@ from .measurement import Measurement
 from .objective import Objective
 from .operators import hessian
 from .per_example import ExampleGradients
-from .sharded import require_gathered
 
 T = TypeVar("T")
 LISTENS = "listens"  # what a run carries from the first snapshot on whose example gradients were asked for
@@ -83,9 +82,6 @@ class Snapshot:
     _prices: dict[Hashable, float] = field(default_factory=lambda: {"": 0.0}, repr=False)
     _asked: set[Hashable] = field(default_factory=set, repr=False)
     _count: list[int] = field(default_factory=lambda: [0], repr=False)
-
-    def __post_init__(self) -> None:
-        require_gathered(self.objective, "diagnostics")
 
     def shared(self, key: Hashable, compute: Callable[[], T]) -> T:
         """The intermediate `key`, computed by the first diagnostic that asks for it.

@@ -137,7 +137,7 @@ def train(
         training.trained = TrainedObjective(
             L, penalties, micro_batch_size=micro_batch_size, weight_decay=weight_decay(optimizer), seed=seed
         )
-    require(plan, {
+    require(L, plan, {
         "batch_size": training.batch_size, "lr": learning_rate(optimizer), "test": test, "batch_gradient": True,
         "trained": training.trained,
     })  # fmt: skip

@@ -33,7 +33,8 @@ from curvlab.trained import TrainedObjective
 F64 = torch.float64
 N = 7
 WHOLE = (
-    "diagnostics", "batches", "products with the GGN", "per-example gradients", "accuracies", "products by engine='traced'",
+    "diagnostics such as gradient_norm", "batches", "products with the GGN", "per-example gradients", "accuracies",
+    "products by engine='traced'",
     "gradient flows", "planes", "penalties and weight decay",
 )  # fmt: skip
 
@@ -130,14 +131,16 @@ def full(model: nn.Module) -> Tensor:
     return torch.cat([(p.full_tensor() if isinstance(p, DTensor) else p).detach().flatten() for p in model.parameters()])
 
 
-def trained(model: nn.Module, group=None, names=("loss",), optimizer=torch.optim.SGD, steps: int = 2) -> dict[str, Tensor]:
+def trained(
+    model: nn.Module, group=None, names=("loss",), optimizer=torch.optim.SGD, steps: int = 2, **options
+) -> dict[str, Tensor]:
     """A loop of the user's with a monitor: FSDP means gradients over ranks, here those of unequal shares of a batch."""
     rank, count = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
     x, y = examples(N)
     optimizer, found = optimizer(model.parameters(), lr=0.05), {}
-    L, test = (cl.Objective(model, "cross_entropy", data, group=group) for data in ((x, y), examples(5)))
-    options = {"optimizer": optimizer, "batch_size": 3, "test": test, "announce": None}
-    monitor = cl.Monitor(L, names, **options) if names else lambda step, **_: {}
+    L, test = (cl.Objective(model, "cross_entropy", data, group=group, **options) for data in ((x, y), examples(5)))
+    given = {"optimizer": optimizer, "batch_size": 3, "test": test, "announce": None}
+    monitor = cl.Monitor(L, names, **given) if names else lambda step, **_: {}
     for step in range(steps):
         F.cross_entropy(model(x[rank::count]), y[rank::count], reduction="sum").mul(count / N).backward()
         for name, m in monitor(step, batch=torch.arange(N)).items():
@@ -154,6 +157,9 @@ def trained(model: nn.Module, group=None, names=("loss",), optimizer=torch.optim
 def named() -> list[str]:
     """A third of the diagnostics; of data that are divided, test_ranks.py has all."""
     return [name for name, d in DIAGNOSTICS.items() if "trained" not in d.needs and name not in MICRO_BATCHES][::3]
+
+
+DIVIDED = [name for name, d in DIAGNOSTICS.items() if d.divided]
 
 
 def started(rank: int, count: int, folder: str) -> None:
@@ -173,7 +179,8 @@ def measure(rank: int, count: int, folder: str) -> None:
     started(rank, count, folder)
     found = operators(net(fsdp), "world") | trained(net(fsdp), "world", named(), torch.optim.Adam)
     parts = [kept(net(fsdp), n, "world") for n in (N, 2)]
-    torch.save(parts, f"{folder}/kept {rank}.pt")
+    divided = trained(net(fsdp), "world", DIVIDED, torch.optim.Adam, 4, sharded="keep")
+    torch.save([*parts, divided], f"{folder}/kept {rank}.pt")
     ended(found | few(net(fsdp), "world"), folder)
 
 
@@ -208,8 +215,14 @@ def test_diagnostics_of_a_sharded_training_are_those_of_one_process(three):
     assert_alike(three[0][0], settled)
 
 
-def test_all_ranks_have_the_same_bits(three):
-    zero, *others = three[0]
+def test_diagnostics_of_divided_vectors_are_those_of_one_process(three):
+    assert {"loss", "sharpness", "hessian_eigenvalues", "critical_sharpness", "difference_sharpness"} == {*DIVIDED}
+    assert_alike(three[1][0][2], trained(net(), names=DIVIDED, optimizer=torch.optim.Adam, steps=4))
+
+
+@pytest.mark.parametrize("of", [lambda three: three[0], lambda three: [found[2] for found in three[1]]])
+def test_all_ranks_have_the_same_bits(three, of):
+    zero, *others = of(three)
     for other in others:
         for name, value in zero.items():
             assert torch.equal(torch.nan_to_num(value), torch.nan_to_num(other[name])), name
@@ -318,7 +331,7 @@ def refusals() -> dict[str, str]:
     }
     K = cl.Objective(model, "cross_entropy", data, group="world", sharded="keep")
     for name, compute in {
-        "diagnostics": lambda: cl.measure(K, ["sharpness"]),
+        "diagnostics such as gradient_norm": lambda: cl.measure(K, ["sharpness", "gradient_norm"]),
         "batches": lambda: K.gradient(batch=torch.arange(3)),
         "products with the GGN": lambda: cl.ggn(K),
         "per-example gradients": lambda: K.example_gradients(),
@@ -329,6 +342,11 @@ def refusals() -> dict[str, str]:
         "penalties and weight decay": lambda: TrainedObjective(K, weight_decay=0.1),
     }.items():
         found[name] = refused(compute, ValueError)
+    w, v = K.params(), K.gradient()
+    if dist.get_rank() == 0:  # and no other
+        w[0] = v[1] = torch.nan
+    found["diverged"] = cl.measure(K, ["sharpness"], w=w)["sharpness"].note
+    found["not finite"] = str((cl.hessian(K) @ v).isfinite().all()) + K.not_finite(v)
     found["density"] = refused(lambda: cl.spectral_density(cl.hessian(K)), ValueError)
     found["choice"] = refused(lambda: cl.Objective(model, "cross_entropy", data, group="world", sharded="no"), ValueError)
     other = net(tensor_parallel)
@@ -398,6 +416,8 @@ def test_methods_that_FSDP_calls_as_forward_are_measured(two):
         ("penalty", "micro-batches of a penalty need all data in one process"),
         ("frozen", "the frozen parameter again.bias is sharded and has changed since it was gathered; call L.params()"),
         *((name, f"{name} need whole vectors on each rank, and with sharded='keep' each holds parts") for name in WHOLE),
+        ("diverged", "parameter conv.weight holds"),
+        ("not finite", "parameter conv.weight"),
         ("density", "the Hessian is 120 x 120, of which"),
         ("choice", "sharded is 'no'; expected 'gather' or 'keep'"),
         ("undivided", "needs every variable divided among the 2 ranks of the group, once and in their order, and"),

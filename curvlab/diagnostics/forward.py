@@ -23,6 +23,7 @@ NO_DIRECTION = "the gradient is zero, so it has no direction"
     formula="lr_c: largest step along the update after which the loss is not above its start",
     kind="bound",
     cost="1 gradient, shared, and 13-25 forward passes",
+    divided=True,
 )
 def critical_sharpness(
     at: Snapshot, *, along: Literal["gradient", "batch_gradient"] = "gradient", tol: float = 1e-2
@@ -53,7 +54,7 @@ def critical_sharpness(
     if g is None:
         return missing(f"there is no gradient of a batch: {NEEDS['batch_gradient']}")
     d = g if at.preconditioner is None else g / at.preconditioner
-    slope = float(at.gradient.double() @ d.double())
+    slope = float(at.objective.entries.dot(at.gradient, d))
     if slope == 0.0:
         return missing(NO_DIRECTION)
     loss = _Ray(at, -d)
@@ -85,6 +86,7 @@ def critical_sharpness(
     formula="(L(w + hu) - 2L(w) + L(w - hu))/h², u = ∇L/‖∇L‖",
     kind="bound",
     cost="1 gradient, shared, and 13-20 forward passes",
+    divided=True,
 )
 def difference_sharpness(at: Snapshot, *, tol: float = 1e-3) -> Measurement:
     """Curvature along the gradient without a second derivative: the `interaction_sharpness` of full batches.
@@ -108,7 +110,7 @@ def difference_sharpness(at: Snapshot, *, tol: float = 1e-3) -> Measurement:
     for the rounding.
     """
     g = at.gradient
-    length = float(g.double().norm())
+    length = float(at.objective.entries.norms(g))
     if length == 0.0:
         return missing(NO_DIRECTION)
     loss = _Ray(at, g / length)
@@ -164,7 +166,7 @@ class _Ray:
         that a smooth function has none (Moré and Wild 2011); at least that of a sum of N roundings of the mean loss."""
         L = self._at.objective
         eps, least = torch.finfo(L.dtype).eps, torch.finfo(torch.float64).eps
-        apart = 32 * eps * float(self._at.w.double().norm() / self._d.double().norm())
+        apart = 32 * eps * float(L.entries.norms(self._at.w) / L.entries.norms(self._d))
         values = torch.tensor([self(i * apart) for i in range(7)], dtype=torch.float64)
         scatter = float((values.diff(n=3).square().mean() / 20).sqrt())
         return max(scatter, max(eps / math.sqrt(L.size), least) * abs(self.start))

@@ -20,6 +20,7 @@ from ..hvp import Engine
 from ..linalg import relative_error
 from ..measurement import Measurement, missing
 from ..objective import Objective
+from ..sharded import require_gathered
 from ..snapshot import Snapshot
 
 Function = Callable[..., Measurement]
@@ -52,6 +53,7 @@ class Diagnostic:
     cost: str
     needs: tuple[str, ...]
     options: tuple[str, ...]
+    divided: bool
 
 
 DIAGNOSTICS: dict[str, Diagnostic] = {}
@@ -69,6 +71,7 @@ def diagnostic(
     cost: str,
     needs: Iterable[str] = (),
     options_of: Function | None = None,
+    divided: bool = False,
 ) -> Callable[[Function], Function]:
     """Register a function ``(at: Snapshot, **options) -> Measurement`` under its own name.
 
@@ -81,6 +84,8 @@ def diagnostic(
         cost: in gradients of the data and products with the Hessian.
         needs: what a snapshot must have: "batch_size", "lr", "test", "batch_gradient".
         options_of: another diagnostic, to which this one passes its ``**options`` on.
+        divided: whether it may be asked of an objective whose vectors are divided among ranks (``sharded="keep"``): its sums
+            over entries are those of `Objective.entries`.
 
     Raises:
         ValueError: a name that is taken, or an unknown need.
@@ -98,7 +103,9 @@ def diagnostic(
         options = _options(function) + [
             o for o in (_options(options_of) if options_of else []) if o not in _options(function)
         ]
-        DIAGNOSTICS[name] = Diagnostic(name, function, symbol, formula, kind, cost, tuple(needs), tuple(options))
+        DIAGNOSTICS[name] = Diagnostic(
+            name, function, symbol, formula, kind, cost, tuple(needs), tuple(options), divided
+        )
         return function
 
     return register
@@ -149,14 +156,17 @@ def batch_sizes(given: Any) -> int | tuple[int, ...] | None:
     return tuple(int(b) for b in listed)
 
 
-def require(plan: Mapping[str, Mapping[str, Any]], available: Mapping[str, Any]) -> None:
-    """Refuse, before anything is computed, diagnostics that need what is not there.
+def require(L: Objective, plan: Mapping[str, Mapping[str, Any]], available: Mapping[str, Any]) -> None:
+    """Refuse, before anything is computed, diagnostics that need what is not there, or vectors that are whole.
 
     Raises:
         ValueError: naming the diagnostic, what it needs, and how to pass it.
     """
     for name, options in plan.items():
-        needs = DIAGNOSTICS[name.removeprefix(TRAINED)].needs
+        entry = DIAGNOSTICS[name.removeprefix(TRAINED)]
+        needs = entry.needs
+        if not entry.divided:
+            require_gathered(L, f"diagnostics such as {name}")
         for need in (*needs, "trained") if name.startswith(TRAINED) else needs:
             if available.get(need) is None and options.get(need) is None:
                 raise ValueError(f"diagnostic {name} needs {need}: {NEEDS[need]}")

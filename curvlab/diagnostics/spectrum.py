@@ -13,7 +13,9 @@ from .sampled import population_eigenvalue
 from .tracking import largest, remarked, subspace_error, top_eigenpairs, tracked_eigenpairs
 
 
-@diagnostic("‖H‖", formula="λ_max(H), algebraically largest", kind="bound", cost="14-23 products, 2-5 when tracked")
+@diagnostic(
+    "‖H‖", formula="λ_max(H), algebraically largest", kind="bound", cost="14-23 products, 2-5 when tracked", divided=True
+)
 def sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     """The largest eigenvalue of the Hessian, λ_1 = ‖H‖ wherever |λ_min| is smaller; otherwise the note says so.
 
@@ -47,6 +49,7 @@ def sharpness(at: Snapshot, *, tol: float = 1e-2) -> Measurement:
     formula="k algebraically largest eigenvalues of H",
     kind="bound",
     cost="30-50 products for k=5, 7-16 when tracked",
+    divided=True,
 )
 def hessian_eigenvalues(at: Snapshot, *, k: int = 5, tol: float = 1e-2) -> Measurement:
     """The k algebraically largest eigenvalues of the Hessian, descending, over an axis "index".

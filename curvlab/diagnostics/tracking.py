@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import Eigenpairs, LinearOperator, eigsh
+from ..linalg.rows import Rows, rows_of
 from ..measurement import Measurement
 from ..snapshot import Snapshot
 
@@ -62,7 +63,7 @@ def tracked_eigenpairs(
         )
 
     def solve() -> Eigenpairs:
-        length = 1.0 if hint is None else float(torch.linalg.vector_norm(hint, dtype=torch.float64))
+        length = 1.0 if hint is None else float(rows_of(A).norms(hint))
         start, swollen, random = None, False, 0
         if last is not None:
             swollen = not last.hint / SWELL <= length <= last.hint * SWELL
@@ -80,22 +81,22 @@ def tracked_eigenpairs(
             interval = min(EXPLORE_EVERY, 2 * last.interval) if random else last.interval
         wait = interval if last is None or pairs.explored else last.wait - 1
         carry[key] = vars(
-            Track(_start(pairs, last), pairs.vectors, pairs.values, length, interval, wait)
+            Track(_start(pairs, last, rows_of(A)), pairs.vectors, pairs.values, length, interval, wait)
         )  # plain, to be saved
         return pairs
 
     return at.shared(key, solve)
 
 
-def _start(pairs: Eigenpairs, last: Track | None) -> Tensor:
+def _start(pairs: Eigenpairs, last: Track | None, rows: Rows) -> Tensor:
     """The Ritz vectors, the guards worth a column, and what the vectors of the step before add to them."""
     if last is None:
         return torch.cat([pairs.vectors, pairs.guards[:, :1]], 1)
     change = float((pairs.values - last.values).abs().max())
     near = int((pairs.guard_values > pairs.values[-1] - 2 * change).sum())
     V = torch.cat([pairs.vectors, pairs.guards[:, : max(1, near)]], 1)
-    rest = last.vectors - V @ (V.T @ last.vectors)
-    return torch.cat([V, rest[:, torch.linalg.vector_norm(rest, dim=0) > TURN]], 1)
+    rest = last.vectors - V @ rows.sum(V.T @ last.vectors)
+    return torch.cat([V, rest[:, rows.norms(rest) > TURN]], 1)
 
 
 def top_eigenpairs(at: Snapshot, k: int, tol: float) -> Eigenpairs:

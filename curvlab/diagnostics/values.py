@@ -14,7 +14,7 @@ from ..snapshot import Snapshot
 from .registry import diagnostic
 
 
-@diagnostic("L", formula="(1/N) Σ ℓ_i", kind="exact", cost="1 gradient, shared")
+@diagnostic("L", formula="(1/N) Σ ℓ_i", kind="exact", cost="1 gradient, shared", divided=True)
 def loss(at: Snapshot) -> Measurement:
     """The training loss at w, over the whole measuring set, without penalties and weight decay.
 

@@ -36,9 +36,13 @@ class Rows:
         return own if self.here is None or not own.numel() else self.ranks.sum(own)[0]
 
     def norms(self, V: Tensor) -> Tensor:
-        """Lengths of the columns, float64."""
+        """Lengths of the columns, or of a vector, float64."""
         own = torch.linalg.vector_norm(V, dim=0, dtype=torch.float64)
         return own if self.here is None else self.sum(own.square()).sqrt()
+
+    def dot(self, u: Tensor, v: Tensor) -> Tensor:
+        """uᵀv of two vectors, float64."""
+        return self.sum(u.double() @ v.double())
 
     def largest(self, V: Tensor) -> Tensor:
         """The entry of largest magnitude of each column, (1, K)."""
