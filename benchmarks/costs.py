@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="64 examples, 5 steps of training")
     parser.add_argument("--records", type=Path, default=Path(__file__).parent / "records", help="folder of the record")
-    parser.add_argument("--names", nargs="*", help="only these diagnostics")
+    parser.add_argument("--names", nargs="*", help="only these diagnostics; the record keeps what it has of the others")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     _count_gradients_alone()
@@ -114,8 +114,11 @@ def main(argv: list[str] | None = None) -> None:
         "b": b,
     }
     options.records.mkdir(parents=True, exist_ok=True)
-    record = {"problem": problem, "unit": "[products, passes]", "costs": found}
-    (options.records / "costs.json").write_text(json.dumps(record, indent=1) + "\n")
+    file, record = options.records / "costs.json", {"problem": problem, "unit": "[products, passes]", "costs": found}
+    if options.names and file.exists() and (before := json.loads(file.read_text()))["problem"] == problem:
+        counted = before["costs"] | found
+        record["costs"] = {name: counted[name] for name in DIAGNOSTICS if name in counted}
+    file.write_text(json.dumps(record, indent=1) + "\n")
     for name, cost in found.items():
         print(f"{name:40s} at a point {cost['point']}, per step {cost['step']}")
 

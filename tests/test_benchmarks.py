@@ -300,11 +300,16 @@ def test_costs_are_counted(tmp_path):
         "loss",
         "sharpness",
     ]
+    problem = {"data": "digits", "n": 64, "model": "mlp 64-64-64-10 tanh", "loss": "squared_error", "steps": 5, "b": 8}
+    before = {"loss": {"point": [9, 9.0]}, "gradient_norm": {"point": [0, 1.0]}}
+    (tmp_path / "costs.json").write_text(json.dumps({"problem": problem, "costs": before}))
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr
     counted = json.loads((tmp_path / "costs.json").read_text())["costs"]
+    assert list(counted) == ["loss", "gradient_norm", "sharpness"]
+    assert counted["gradient_norm"] == before["gradient_norm"]  # which was not asked for again
     assert counted["loss"] == {"point": [0, 1.0], "step": [0.0, 1.0]}
     products, passes = counted["sharpness"]["point"]
     assert products >= 3
