@@ -195,7 +195,7 @@ class HessianProducts:
 
     def _fingerprint(self) -> dict[str, tuple[int, float]]:
         """Of the frozen parameters, which are not copied: a change through .data leaves the version as it was."""
-        own = parameters(self.objective.module)
+        own = parameters(self.objective.module) if self.constants else {}
         return {
             name.removeprefix("model."): (version(p), float(local(p).detach().sum(dtype=torch.float64)))
             for name, p in own.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,9 +44,11 @@ def version(tensor: Tensor) -> int:
 
 def parameters(module: nn.Module, *, remove_duplicate: bool = True) -> dict[str, Tensor]:
     """Parameters by name. Where FSDP has put a gathered one in place for a while, the sharded one, which is trained."""
+    named = dict(module.named_parameters(remove_duplicate=remove_duplicate))
+    if "torch.distributed.fsdp" not in sys.modules:
+        return named
     trained = {id(standing): sharded for m in module.modules() for standing, sharded in _standing_in(m)}
-    named = module.named_parameters(remove_duplicate=remove_duplicate)
-    return {name: trained.get(id(p), p) for name, p in named}
+    return {name: trained.get(id(p), p) for name, p in named.items()}
 
 
 def _standing_in(module: Any) -> Iterator[tuple[Tensor, Tensor]]:
