@@ -18,6 +18,7 @@ from .objective import Objective
 from .snapshot import Snapshot
 
 QUICK = 0.5  # seconds of a rehearsal, below which it is done twice
+PROBES = 16  # where no other number is asked for; estimates from no more examples than probes are exact, and cost otherwise
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Size:
         """Chunks that keep their graphs."""
         return min(self.chunks, graphs_that_fit(self.memory, self.graph_bytes * self.chunk))
 
+    @property
+    def others(self) -> float:
+        """Bytes of the graphs that are there beside that of the chunk at work."""
+        return self.graph_bytes * self.chunk * (min(self.chunks, self.kept + 1) - 1)
+
     def sent(self, summed: float, gathered: float = 0.0) -> int:
         """Bytes that a rank sends where so many are summed and gathered: 2(K-1)/K and (K-1)/K of them, in a ring."""
         return int((self.ranks - 1) / self.ranks * (2 * summed + gathered))
@@ -145,8 +151,7 @@ class Rehearsal:
         larger, heavier = to.params / self.size.params, to.graph_bytes / self.size.graph_bytes
         gradient, product = (seconds / to.speed for seconds in self.price(to.share * to.work))
         product += (1 - to.kept / to.chunks) * gradient  # graphs that do not fit are rebuilt
-        others = to.graph_bytes * to.chunk * (min(to.chunks, to.kept + 1) - 1)
-        others += min(self.captured * heavier * to.share, to.memory // 4)
+        others = to.others + min(self.captured * heavier * to.share, to.memory // 4)
         costs = {}
         for name, part in self.parts.items():
             among_data = part.passes * self.here[0] > part.seconds / 2
@@ -172,7 +177,7 @@ def rehearse(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, C
 
 
 def rehearsal(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> Rehearsal:
-    """A plan carried out at the same point for an eighth of the examples or one chunk at most.
+    """A plan carried out at the same point for an eighth of the examples or one chunk at most, but for more than are exact.
 
     A gradient and a product are timed there and on a whole chunk. The number of products is taken over. A product will cost
     what it costs on all of the data; what goes into passes over the data grows like the gradient; the solver's own work,
@@ -181,7 +186,8 @@ def rehearsal(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> Rehearsal:
     captured of example gradients. It is that of live tensors; an allocator that holds on to freed memory has more.
     """
     L, chunk = at.objective, min(at.objective.size, at.objective.chunk_size)
-    some = max(1, min(-(-L.size // 8), chunk))
+    probes = max([PROBES, *(options.get("probes") or 0 for options in plan.values())])
+    some = min(L.size, max(min(-(-L.size // 8), chunk), probes + 1))
     part = _restricted(at, some)
     full = part if some == chunk else _restricted(at, chunk)
     here = _prices(part)
@@ -194,15 +200,16 @@ def rehearsal(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> Rehearsal:
         again, elapsed = _rehearsed(part, plan)
         found = {name: replace(again[name], fixed=found[name].fixed) for name in plan}
     overhead = max(0.0, elapsed - sum(p.seconds for p in found.values())) / len(plan)
-    few = some if some < chunk else max(1, some // 2)
+    few = some if some < chunk else max(1, chunk // 2)
     small, large = _peaks(part if few == some else _restricted(at, few)), _peaks(full)
     slopes = (large[0] - small[0]) / max(1, chunk - few), (large[1] - small[1]) / max(1, chunk - few)
+    size = Size(L.size, L.num_params, L.graph_bytes, L.memory, L.given_chunk_size)
+    there = replace(size, examples=some)
     parts = {}
     for name, p in found.items():
-        held = p.fixed - slopes[p.products > 0] * some - captured
+        held = p.fixed - slopes[p.products > 0] * there.chunk - there.others - captured
         parts[name] = replace(p, seconds=max(0.0, p.seconds - p.products * here[1]), fixed=max(0.0, held))
     part.release()
-    size = Size(L.size, L.num_params, L.graph_bytes, L.memory, L.given_chunk_size)
     return Rehearsal(
         size, some, chunk, here, whole, slopes, captured / some, overhead, L.num_params * L.dtype.itemsize, parts
     )

@@ -44,7 +44,7 @@ def version(tensor: Tensor) -> int:
 
 def parameters(module: nn.Module, *, remove_duplicate: bool = True) -> dict[str, Tensor]:
     """Parameters by name. Where FSDP has put a gathered one in place for a while, the sharded one, which is trained."""
-    named = dict(module.named_parameters(remove_duplicate=remove_duplicate))
+    named: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=remove_duplicate))
     if "torch.distributed.fsdp" not in sys.modules:
         return named
     trained = {id(standing): sharded for m in module.modules() for standing, sharded in _standing_in(m)}

@@ -421,6 +421,17 @@ def test_announced_products_are_right_within_a_factor_of_a_half(kind):
     assert told[""].bytes > 2 * L.num_params * 8
 
 
+@pytest.mark.parametrize("n, probes", [(40, None), (12, None), (60, 40)])
+def test_the_rehearsal_of_few_examples_is_exact_where_the_measurement_is(n, probes):
+    """An eighth of them would be no more than the probes, which is another way to measure, by fewer products."""
+    L = cl.Objective(net(), "cross_entropy", (X[:n].double(), Y[:n]), chunk_size=8)
+    plan = parse([("interaction_trace", {"probes": probes})])
+    at = cl.Snapshot(L, L.params(), batch_size=4)
+    told, found = rehearse(at, plan)["interaction_trace"], evaluate(at, plan)["interaction_trace"]
+    assert (found.error == 0) == (n == 12)
+    assert 1 / 1.25 <= told.products / found.matvecs <= 1.25
+
+
 def test_a_cost_that_cannot_be_known_is_said_to_be_unknown(monkeypatch):
     lines = []
     monkeypatch.setattr("curvlab.monitor.rehearse", lambda at, plan: 1 / 0)

@@ -430,6 +430,7 @@ def test_ctrl_c_stops_all_processes_and_the_same_command_continues(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # which a background job ignores
     )
     logs = [tmp_path / f"seed={s}" / "measurements.jsonl" for s in (0, 1)]
     deadline = time.monotonic() + 120
