@@ -13,12 +13,12 @@ import torch
 
 from .batches import batch_size
 from .diagnostics import evaluate
+from .diagnostics.estimation import default_probes
 from .memory import Allocations, chunk_that_fits, graphs_that_fit, readable
 from .objective import Objective
 from .snapshot import Snapshot
 
 QUICK = 0.5  # seconds of a rehearsal, below which it is done twice
-PROBES = 16  # where no other number is asked for; estimates from no more examples than probes are exact, and cost otherwise
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ def rehearse(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> dict[str, C
 
 
 def rehearsal(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> Rehearsal:
-    """A plan carried out at the same point for an eighth of the examples or one chunk at most, but for more than are exact.
+    """A plan carried out at the same point for an eighth of the examples or one chunk at most, but for more of them than
+    there are probes: estimates from so few examples are exact, which costs otherwise.
 
     A gradient and a product are timed there and on a whole chunk. The number of products is taken over. A product will cost
     what it costs on all of the data; what goes into passes over the data grows like the gradient; the solver's own work,
@@ -186,8 +187,8 @@ def rehearsal(at: Snapshot, plan: Mapping[str, Mapping[str, Any]]) -> Rehearsal:
     captured of example gradients. It is that of live tensors; an allocator that holds on to freed memory has more.
     """
     L, chunk = at.objective, min(at.objective.size, at.objective.chunk_size)
-    probes = max([PROBES, *(options.get("probes") or 0 for options in plan.values())])
-    some = min(L.size, max(min(-(-L.size // 8), chunk), probes + 1))
+    probes = [default_probes(at, options.get("probes")) for options in plan.values()]
+    some = min(L.size, max(min(-(-L.size // 8), chunk), 1 + max(probes, default=0)))
     part = _restricted(at, some)
     full = part if some == chunk else _restricted(at, chunk)
     here = _prices(part)

@@ -227,8 +227,18 @@ def random_states() -> Iterator[None]:
 
 
 def _numpy_words() -> bytes:
-    """The words of numpy's global generator and its place among them, read where they are, in 1 µs."""
+    """The words of numpy's global generator and its place among them, read where they are, in 1 µs.
+
+    Raises:
+        TypeError: it is not numpy's own, the Mersenne twister.
+    """
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+    if not isinstance(generator, np.random.MT19937):
+        raise TypeError(
+            f"numpy's global generator is a {type(generator).__name__}, whose state is not put back; take numpy's own, "
+            "np.random.set_bit_generator(np.random.MT19937(seed)), and the other one by itself: "
+            f"np.random.Generator(np.random.{type(generator).__name__}(seed))"
+        )
     return ctypes.string_at(generator.ctypes.state_address, 4 * 624 + 4)
 
 

@@ -762,7 +762,22 @@ def own(outputs, targets):
     return outputs.square().sum(1)
 
 
+def with_another_generator_of_numpy():
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(0))
+    try:
+        return objective()
+    finally:
+        np.random.set_bit_generator(before)
+
+
 REFUSALS = {
+    # guard.py
+    "generator_of_numpy": (
+        TypeError,
+        r"numpy's global generator is a PCG64, .*set_bit_generator\(np.random.MT19937",
+        with_another_generator_of_numpy,
+    ),
     # objective.py
     "mode": (ValueError, "mode is 'test'; expected 'eval' or 'train'", lambda: objective(mode="test")),
     "chunk_size": (ValueError, "chunk_size is 0; expected at least 1", lambda: objective(chunk_size=0)),
