@@ -18,7 +18,7 @@ from .memory import Allocations, chunk_that_fits, graphs_that_fit, readable
 from .objective import Objective
 from .snapshot import Snapshot
 
-QUICK = 0.5  # seconds of a rehearsal, below which it is done twice
+QUICK = 5.0  # seconds of a rehearsal, below which it is done twice
 
 
 @dataclass(frozen=True)
