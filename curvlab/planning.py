@@ -111,8 +111,8 @@ def plan(
     number of products is taken over; vectors grow with the parameters, graphs with the activations, passes with the
     operations of a gradient, and each of the ranks does a share of the passes. Against measurements on two ranks, of five
     quantities of three models, bytes at the peak, products and bytes sent were within 22%; the seconds of a sharpness on one
-    and two ranks within 19% on a quiet machine, whose own scatter is as large. Not foreseen: what training keeps on the device
-    beside the model; the Gram matrix of example gradients on several ranks.
+    and two ranks within 19% on a quiet machine, whose own scatter is as large. Not foreseen: what training keeps on the
+    device beside the model; the Gram matrix of example gradients on several ranks.
 
     Args:
         L: the objective; None for one of which only sizes are known.
