@@ -57,8 +57,8 @@ class HessianProducts:
       transformers, after a first part that takes 0.1-0.4 gradients more; mostly the same bits. Recording takes 0.3-5 s.
       Where a model cannot be recorded (control flow that depends on data, batch statistics), it is ``"graph"``, and one
       line of the log "curvlab" says why.
-    - ``"compiled"``: the recording through `torch.compile`: 0.8-0.9 of the graph's time on a CPU, after 10-150 s of
-      compiling.
+    - ``"compiled"``: the recording through `torch.compile`: 0.73-0.98 of the graph's time on a CPU, least for transformers,
+      after 10-150 s of compiling.
     - ``"double_backward"``: as graph, with nothing kept: 3.1-3.7 gradients, memory of one chunk.
     - ``"forward_over_reverse"``: forward-mode derivative of the gradient (`torch.func.jvp` of `torch.func.grad`): 3-6
       gradients, no kept graph. Where forward-mode rules are missing (`F.huber_loss`) or wrong (`padding_idx`), as the first
