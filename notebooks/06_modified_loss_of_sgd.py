@@ -89,7 +89,7 @@ for (name, series), colour, style in zip(followed.items(), cl.plots.colours(3), 
     top.plot(time, series.values, style, color=colour, label=labels[name])
     bottom.plot(time, series.values / followed["C"].values, style, color=colour)
 top.set(ylabel="sharpness")
-bottom.set(xlabel=r"time $t = \epsilon\cdot$steps", ylabel="over that of\nthe flow on $C$")
+bottom.set(xlabel=r"time $t = \epsilon\cdot$steps", ylabel="over flow on $C$")
 top.legend(fontsize=8)
 figure
 
