@@ -399,11 +399,10 @@ def finite_point(L: Objective, w: Tensor) -> None:
     """
     if L.kept is None and bool(torch.isfinite(w).all()):
         return
-    where = L.not_finite(w).partition(" and ")[0]
-    if where:
+    if bad := L.where_not_finite(w):
         what = "NaN" if bool(w.isnan().any()) else "infinity"
         raise FloatingPointError(
-            f"{where} holds {what}: training has diverged; go back to a checkpoint and take a smaller lr"
+            f"parameter {bad[0]} holds {what}: training has diverged; go back to a checkpoint and take a smaller lr"
         )
 
 

@@ -230,11 +230,15 @@ class Objective:
         """The parameters at w as leaves of a new graph: copies, so a later change of w cannot reach the graph."""
         return [part.requires_grad_() for part in self.split(self.point(w))]
 
-    def not_finite(self, v: Tensor) -> str:
-        """The parameters where a flat vector is not finite, in words; "" where it is. The same on all ranks."""
+    def where_not_finite(self, v: Tensor) -> list[str]:
+        """The names of the parameters where a flat vector is not finite, the same on all ranks."""
         count = torch.stack([(~torch.isfinite(part)).sum() for part in self.split(v)])
         count = self.ranks.sum(count)[0] if self.kept else count
-        bad = [name for name, some in zip(self._variables, count.tolist(), strict=True) if some]
+        return [name for name, some in zip(self._variables, count.tolist(), strict=True) if some]
+
+    def not_finite(self, v: Tensor) -> str:
+        """The parameters where a flat vector is not finite, in words; "" where it is. The same on all ranks."""
+        bad = self.where_not_finite(v)
         return "" if not bad else f"parameter {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
 
     # -- values ---------------------------------------------------------------------------------------------------
